@@ -1,0 +1,80 @@
+"""longspan: a registry of interchangeable attention backends for long sequences.
+
+Say what to compute (a pattern), and longspan picks who computes it, says why, and gives the same answer and the same
+gradients everywhere. `import longspan` imports no backend and initialises no CUDA.
+"""
+
+from longspan import blockwise
+from longspan.attention import attention
+from longspan.buffers import Allocator, Workspace
+from longspan.discovery import registry as _registry
+from longspan.errors import (
+    ArgumentError,
+    BackendUnavailable,
+    DuplicateBackend,
+    LongspanError,
+    PluginError,
+    PluginWarning,
+    PolicyError,
+    UnknownBackend,
+)
+from longspan.explain import explain
+from longspan.hookspecs import hookimpl
+from longspan.layout import Layout
+from longspan.patterns import Dense, Dilated, Pattern, parse_pattern
+from longspan.plan import Plan, plan
+from longspan.policy import use
+from longspan.spec import (
+    BackendInfo,
+    BufferSpec,
+    Capabilities,
+    Device,
+    Kernel,
+    Problem,
+    Reason,
+    Resolution,
+    Verdict,
+)
+
+backends = _registry.backends
+register = _registry.register
+unregister = _registry.unregister
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Allocator",
+    "ArgumentError",
+    "BackendInfo",
+    "BackendUnavailable",
+    "BufferSpec",
+    "Capabilities",
+    "Dense",
+    "Device",
+    "Dilated",
+    "DuplicateBackend",
+    "Kernel",
+    "Layout",
+    "LongspanError",
+    "Pattern",
+    "Plan",
+    "PluginError",
+    "PluginWarning",
+    "PolicyError",
+    "Problem",
+    "Reason",
+    "Resolution",
+    "UnknownBackend",
+    "Verdict",
+    "Workspace",
+    "attention",
+    "backends",
+    "blockwise",
+    "explain",
+    "hookimpl",
+    "parse_pattern",
+    "plan",
+    "register",
+    "unregister",
+    "use",
+]

@@ -1,0 +1,66 @@
+"""The exceptions and warnings that longspan raises, all under one root."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+__all__ = [
+    "ArgumentError",
+    "BackendUnavailable",
+    "DuplicateBackend",
+    "LongspanError",
+    "PluginError",
+    "PluginWarning",
+    "PolicyError",
+    "UnknownBackend",
+]
+
+
+class LongspanError(Exception):
+    """Root of every exception that longspan raises on purpose."""
+
+
+class ArgumentError(LongspanError, ValueError):
+    """An argument that no backend could honour: names it, what was given and what would do."""
+
+    def __init__(self, argument: str, got: object, want: str, fix: str = "") -> None:
+        self.argument, self.got, self.want, self.fix = argument, got, want, fix
+        super().__init__(f"{argument}: got {got}; want {want}." + (f" Next: {fix}." if fix else ""))
+
+
+class PolicyError(LongspanError, ValueError):
+    """A setting (environment variable, `longspan.use`) that cannot be read."""
+
+
+class UnknownBackend(LongspanError, LookupError):
+    """A backend name that nobody registered."""
+
+    def __init__(self, name: str, known: Iterable[str], said_by: str) -> None:
+        self.name, self.known = name, tuple(sorted(known))
+        close = get_close_matches(name, self.known, n=1, cutoff=0.5)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        super().__init__(
+            f"backend {name!r} ({said_by}) is not registered.{hint} Known: {', '.join(self.known) or 'none'}. "
+            "Next: `longspan backends` lists them with their states."
+        )
+
+
+class BackendUnavailable(LongspanError, RuntimeError):
+    """No backend, or not the one asked for, can serve the problem; `.resolution` holds every reason."""
+
+    def __init__(self, message: str, resolution: object) -> None:
+        self.resolution = resolution
+        super().__init__(message)
+
+
+class PluginError(LongspanError, RuntimeError):
+    """A plugin that does not keep the hook contract."""
+
+
+class DuplicateBackend(PluginError):
+    """Two plugins claim one name."""
+
+
+class PluginWarning(UserWarning):
+    """A plugin could not be loaded; the others were."""

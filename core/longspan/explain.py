@@ -1,0 +1,54 @@
+"""Why a backend would be chosen, for any device, present or not."""
+
+from __future__ import annotations
+
+import torch
+from attrs import evolve
+
+from longspan.discovery import registry
+from longspan.policy import current
+from longspan.resolve import resolve
+from longspan.spec import Device, Problem, Resolution
+
+__all__ = ["explain"]
+
+
+def explain(problem: Problem, device: Device | str | None = None, *, backend: str | None = None) -> Resolution:
+    """The resolution of a problem, without making a plan.
+
+    Args:
+        problem: what is to be computed.
+        device: another device than the problem's: a `Device` or text such as `sm_61`. Need not be on this machine.
+        backend: ask for this one, as `attention(backend=...)` would.
+
+    Raises:
+        UnknownBackend: a name nobody registered.
+        ArgumentError: text that names no device.
+    """
+    if device is not None:
+        problem = problem.replace(device=device)
+    resolution = resolve(problem, registry.candidates(), current(backend))
+    notes = []
+    if not present(problem.device):
+        notes.append(
+            f"this machine has no {problem.device.name}: the answer assumes a torch build for it, and the plugins "
+            "installed here"
+        )
+    return evolve(resolution, notes=(*resolution.notes, *notes))
+
+
+def present(device: Device) -> bool:
+    """Whether torch could run on this kind of device here. Initialises no CUDA context."""
+    if device.type == "cpu":
+        return True
+    if device.type in ("cuda", "rocm"):
+        hip = torch.version.hip is not None
+        if hip != (device.type == "rocm") or not torch.cuda.is_available():
+            return False
+        if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            return device.arch == ""  # asking for the capability would initialise CUDA
+        return any(
+            device.arch in ("", Device.of(torch.device("cuda", number)).arch)
+            for number in range(torch.cuda.device_count())
+        )
+    return getattr(torch, device.type, None) is not None and getattr(torch, device.type).is_available()

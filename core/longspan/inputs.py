@@ -1,0 +1,101 @@
+"""Checks on what a user hands in: each refusal names the argument, what was given and what would do."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from longspan.errors import ArgumentError
+
+__all__ = ["check_inputs", "check_number"]
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_number(name: str, value: object) -> float:
+    """`value` as a finite float, or `ArgumentError`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ArgumentError(name, repr(value), "a finite number")
+    return float(value)
+
+
+def check_inputs(
+    query: Any, key: Any, value: Any, *, enable_gqa: bool, cu_seqlens: object, query_offset: object
+) -> dict[str, Any]:
+    """The fields of a `Problem` that follow from tensors, or `ArgumentError`.
+
+    Query is `(batch, heads, q_len, head_dim)`, key and value are `(batch, kv_heads, kv_len, head_dim)`.
+    """
+    named = {"query": query, "key": key, "value": value}
+    for name, tensor in named.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ArgumentError(name, type(tensor).__name__, "a torch.Tensor", f"torch.as_tensor({name})")
+        if tensor.dim() != 4:
+            raise ArgumentError(name, f"shape {tuple(tensor.shape)}", "(batch, heads, seq, head_dim)", "add dimensions")
+        if tensor.dtype not in _FLOATS:
+            raise ArgumentError(
+                name, str(tensor.dtype), "float16, bfloat16, float32 or float64", f"cast it, e.g. {name}.float()"
+            )
+    for name in ("key", "value"):
+        tensor = named[name]
+        if tensor.dtype != query.dtype:
+            raise ArgumentError(name, str(tensor.dtype), f"query's dtype, {query.dtype}", f"{name}.to(query.dtype)")
+        if tensor.device != query.device:
+            raise ArgumentError(name, f"on {tensor.device}", f"on query's device, {query.device}", f"{name}.to(query)")
+    batch, heads, q_len, head_dim = query.shape
+    if key.shape != value.shape:
+        raise ArgumentError("value", f"shape {tuple(value.shape)}", f"key's shape, {tuple(key.shape)}")
+    if key.shape[0] != batch or key.shape[3] != head_dim:
+        raise ArgumentError(
+            "key",
+            f"shape {tuple(key.shape)}",
+            f"query's batch and head_dim, as in ({batch}, kv_heads, kv_len, {head_dim})",
+        )
+    if key.shape[1] != heads:
+        if not enable_gqa:
+            raise ArgumentError(
+                "key", f"{key.shape[1]} heads", f"query's {heads} heads", "pass enable_gqa=True for grouped queries"
+            )
+        if key.shape[1] == 0 or heads % key.shape[1]:
+            raise ArgumentError(
+                "key", f"{key.shape[1]} heads for {heads} query heads", "a divisor of the number of query heads"
+            )
+    if query_offset is not None and (not isinstance(query_offset, int) or isinstance(query_offset, bool)):
+        raise ArgumentError("query_offset", repr(query_offset), "an integer position")
+    return {
+        "batch": batch,
+        "heads": heads,
+        "kv_heads": key.shape[1],
+        "q_len": q_len,
+        "kv_len": key.shape[2],
+        "head_dim": head_dim,
+        "dtype": query.dtype,
+        "documents": None if cu_seqlens is None else check_documents(cu_seqlens, query, key.shape[2]),
+        "query_offset": query_offset or 0,
+    }
+
+
+def check_documents(cu_seqlens: object, query: torch.Tensor, kv_len: int) -> tuple[int, ...]:
+    """Boundaries of packed documents as a tuple of ints that starts at 0, never falls and ends within the sequence."""
+    name = "cu_seqlens"
+    if isinstance(cu_seqlens, torch.Tensor):
+        if cu_seqlens.device != query.device:
+            raise ArgumentError(name, f"on {cu_seqlens.device}", f"on query's device, {query.device}")
+        if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool:
+            raise ArgumentError(name, f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}", "one dimension of integers")
+        cu_seqlens = cu_seqlens.tolist()
+    if not isinstance(cu_seqlens, list | tuple) or not all(type(one) is int for one in cu_seqlens):
+        raise ArgumentError(name, repr(cu_seqlens), "an integer tensor or tuple, e.g. (0, 5, 9)")
+    bounds: tuple[int, ...] = tuple(cu_seqlens)
+    if not bounds or bounds[0] != 0:
+        raise ArgumentError(name, f"a start of {bounds[:1]}", "a first boundary of 0", "put 0 in front")
+    if any(a > b for a, b in pairwise(bounds)):
+        raise ArgumentError(name, str(bounds), "boundaries that never fall", "sort them")
+    if query.shape[2] != kv_len:
+        raise ArgumentError(name, f"{query.shape[2]} queries and {kv_len} keys", "as many queries as keys")
+    if bounds[-1] > kv_len:
+        raise ArgumentError(name, f"an end of {bounds[-1]}", f"at most the sequence length, {kv_len}")
+    return bounds

@@ -1,0 +1,78 @@
+"""A layout: a pattern lowered to dense calls for one shape. Values only."""
+
+from __future__ import annotations
+
+from attrs import frozen
+
+__all__ = ["Call", "Heads", "Layout", "Rows"]
+
+
+@frozen
+class Heads:
+    """Heads `start, start + step, ...`, `count` of them."""
+
+    start: int
+    count: int
+    step: int = 1
+
+
+@frozen
+class Rows:
+    """A regular grid of sequence indices: `start + j * period + i * stride` for `i < length`, `j < count`.
+
+    One dense attention runs over each of the `count` strips of `length` rows.
+    """
+
+    start: int
+    length: int
+    stride: int = 1
+    count: int = 1
+    period: int = 0
+
+
+@frozen
+class Call:
+    """One dense attention: strip `j` of `queries` attends to strip `j` of `keys`, for each of the heads.
+
+    `heads.count` is a multiple of `kv_heads.count`: query heads are in order of the key heads that they share.
+    `is_causal` (as many queries as keys): query `i` of the strip sees its keys up to `i`.
+    `first`: nothing was written to these rows before, so the result is stored; else it is merged into them.
+    """
+
+    heads: Heads
+    kv_heads: Heads
+    queries: Rows
+    keys: Rows
+    is_causal: bool
+    first: bool
+
+    @property
+    def pairs(self) -> int:
+        """Query-key products over all heads and strips, for one batch entry (a causal square counts its half)."""
+        rows, keys = self.queries.length, self.keys.length
+        seen = rows * (rows + 1) // 2 if self.is_causal else rows * keys
+        return self.heads.count * self.queries.count * seen
+
+
+@frozen
+class Layout:
+    """The dense calls that together compute a pattern, in order.
+
+    `covered`: the calls marked `first` write every row of every head, so that no row needs an initial value.
+    """
+
+    calls: tuple[Call, ...]
+    covered: bool
+
+    @property
+    def merges(self) -> bool:
+        """Whether any row is written by more than one call."""
+        return not all(call.first for call in self.calls)
+
+    @property
+    def pairs(self) -> int:
+        """Query-key products for one batch entry; four times head_dim of it are the forward's FLOPs."""
+        return sum(call.pairs for call in self.calls)
+
+    def __str__(self) -> str:
+        return f"{len(self.calls)} dense calls, {self.pairs:,} query-key pairs per batch entry"

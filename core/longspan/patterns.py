@@ -1,0 +1,148 @@
+"""Patterns: which keys a query may see. Values only; `longspan.lowering` turns them into dense calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from attrs import field, frozen
+
+from longspan.errors import ArgumentError
+
+__all__ = ["Dense", "Dilated", "Pattern", "parse_pattern"]
+
+
+class Pattern:
+    """Base of all patterns: frozen, hashable, printable values.
+
+    `kind` is the word that `Capabilities.patterns` uses; `spec` is the text that `parse_pattern` reads back;
+    `positional` says that the result depends on where queries and keys stand, even without `is_causal`.
+    """
+
+    __slots__ = ()
+    kind: ClassVar[str] = ""
+    positional: ClassVar[bool] = True
+
+    @property
+    def spec(self) -> str:
+        """The pattern as text, as on the command line."""
+        return self.kind
+
+    def check(self, heads: int) -> None:
+        """Raise `ArgumentError` if the pattern cannot be applied to this number of query heads."""
+
+
+@frozen
+class Dense(Pattern):
+    """Every query sees every key (with `is_causal`, every key up to its own position)."""
+
+    kind: ClassVar[str] = "dense"
+    positional: ClassVar[bool] = False
+
+
+def _lengths(value: object, name: str) -> tuple[int, ...]:
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = (value,)
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise ArgumentError(name, repr(value), "a non-empty tuple of positive integers", f"e.g. {name}=(2048, 4096)")
+    for one in value:
+        if not isinstance(one, int) or isinstance(one, bool) or one <= 0:
+            raise ArgumentError(name, repr(tuple(value)), "positive integers", f"replace {one!r}")
+    return tuple(value)
+
+
+def _segment_lengths(value: Any) -> tuple[int, ...]:
+    return _lengths(value, "segment_lengths")
+
+
+def _dilation_rates(value: Any) -> tuple[int, ...]:
+    return _lengths(value, "dilation_rates")
+
+
+@frozen
+class Dilated(Pattern):
+    """LongNet's dilated attention (arXiv 2307.02486, sections 2.2 and 2.3).
+
+    Branch `i` cuts the sequence into segments of `segment_lengths[i]` tokens. In each, head `h` keeps the positions
+    `p` with `(p mod w) mod r == s` and attends among them; the last segment may be ragged, `w > N` is one segment.
+
+    Args:
+        segment_lengths: `w` of each branch, in tokens.
+        dilation_rates: `r` of each branch, as many as segment lengths.
+        heads: `"all"`: every head runs every branch, and branches mix by their softmax denominators, which is one
+            softmax over the multiset union of their keys. `"grouped"`: heads are split in order into one group a
+            branch (the remainder to the first groups), and each group runs its branch alone.
+        offset: how `s` follows from the head under `"all"`: `"modulo"` is `h mod r` (the paper), `"block"` is
+            `h // ceil(H / r)` (published torchscale weights). Under `"grouped"`, `s = i mod r` for branch `i`.
+
+    Raises:
+        ArgumentError: tuples of different lengths, lengths or rates that are not positive, unknown words.
+    """
+
+    kind: ClassVar[str] = "dilated"
+    segment_lengths: tuple[int, ...] = field(converter=_segment_lengths)
+    dilation_rates: tuple[int, ...] = field(converter=_dilation_rates)
+    heads: str = "all"
+    offset: str = "modulo"
+
+    def __attrs_post_init__(self) -> None:
+        if len(self.segment_lengths) != len(self.dilation_rates):
+            raise ArgumentError(
+                "dilation_rates",
+                f"{len(self.dilation_rates)} rates for {len(self.segment_lengths)} segment lengths",
+                "one rate for each segment length",
+                "make both tuples equally long",
+            )
+        for name, value, words in (
+            ("heads", self.heads, ("all", "grouped")),
+            ("offset", self.offset, ("modulo", "block")),
+        ):
+            if value not in words:
+                raise ArgumentError(name, repr(value), " or ".join(map(repr, words)))
+
+    @property
+    def spec(self) -> str:
+        """`dilated:w/r,w/r[:grouped][:block]`."""
+        branches = ",".join(f"{w}/{r}" for w, r in zip(self.segment_lengths, self.dilation_rates, strict=True))
+        words = [word for word in (self.heads, self.offset) if word in ("grouped", "block")]
+        return ":".join(["dilated", branches, *words])
+
+    def check(self, heads: int) -> None:
+        """Under `"grouped"` every branch needs a head of its own."""
+        branches = len(self.segment_lengths)
+        if self.heads == "grouped" and heads < branches:
+            raise ArgumentError(
+                "pattern",
+                f'heads="grouped" with {branches} branches and {heads} heads',
+                f"at least {branches} heads",
+                'use heads="all" or fewer branches',
+            )
+
+
+def parse_pattern(text: str) -> Pattern:
+    """Read a pattern from text: `dense`, `dilated:2048/1,4096/2`, `dilated:64/1,128/2:grouped:block`.
+
+    Raises:
+        ArgumentError: the text is none of these; the message shows one that is.
+    """
+    kind, _, rest = text.strip().partition(":")
+    want = "dense or dilated:WINDOW/RATE,... with optional :grouped and :block"
+    fix = "e.g. dilated:2048/1,4096/2"
+    if kind == "dense" and not rest:
+        return Dense()
+    if kind != "dilated":
+        raise ArgumentError("pattern", repr(text), want, fix)
+    branches, *words = rest.split(":")
+    if set(words) - {"all", "grouped", "modulo", "block"}:
+        raise ArgumentError("pattern", repr(text), want, fix)
+    try:
+        pairs = [tuple(int(number) for number in branch.split("/")) for branch in branches.split(",")]
+        lengths, rates = zip(*pairs, strict=True)
+    except ValueError:
+        raise ArgumentError("pattern", repr(text), want, fix) from None
+    return Dilated(
+        lengths,
+        rates,
+        heads="grouped" if "grouped" in words else "all",
+        offset="block" if "block" in words else "modulo",
+    )

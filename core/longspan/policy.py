@@ -1,0 +1,130 @@
+"""What the user asked for: by argument, in a `with` block, or in the environment. Read when a plan is made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from attrs import evolve, frozen
+
+from longspan.errors import PolicyError
+
+__all__ = ["Policy", "current", "flag", "fingerprint", "names", "use"]
+
+
+@frozen
+class Policy:
+    """A wish: one backend by name, an order of preference, a list never to use; and who said so."""
+
+    backend: str | None = None
+    backend_from: str = "auto"
+    prefer: tuple[str, ...] = ()
+    prefer_from: str = "auto"
+    block: tuple[str, ...] = ()
+
+
+_context: ContextVar[Policy] = ContextVar("longspan_policy", default=Policy())  # noqa: B039 - frozen
+
+
+@contextmanager
+def use(
+    backend: str | None = None, *, prefer: Iterable[str] | str = (), block: Iterable[str] | str = ()
+) -> Iterator[None]:
+    """Set the policy for a `with` block, or for a function as a decorator. Per thread and per async task.
+
+    Args:
+        backend: exactly this backend; an error where it does not fit. The inner of two nested blocks wins.
+        prefer: these first, in this order, where they fit; others after them. Naming an opt-in backend is consent.
+        block: never these; nested blocks add up.
+
+    Raises:
+        PolicyError: an argument is not a name or a list of names.
+    """
+    outer = _context.get()
+    policy = evolve(outer, block=(*outer.block, *_listed("block", block)))
+    if backend is not None:
+        policy = evolve(policy, backend=_name(backend), backend_from="context")
+    if prefer := _listed("prefer", prefer):
+        policy = evolve(policy, prefer=prefer, prefer_from="context")
+    token = _context.set(policy)
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+def _name(value: object) -> str:
+    if isinstance(value, str) and value:
+        return value
+    raise PolicyError(f"backend={value!r}: want a backend's name. Next: `longspan backends` lists them")
+
+
+def _listed(argument: str, value: object) -> tuple[str, ...]:
+    found = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (None,)
+    named = tuple(name for name in found if isinstance(name, str) and name)
+    if len(named) != len(found):
+        raise PolicyError(f"use({argument}={value!r}): want backend names, e.g. {argument}=('sdpa',)")
+    return named
+
+
+def fingerprint() -> tuple[object, ...]:
+    """A cheap, hashable value that changes whenever `current` would."""
+    get = os.environ.get
+    return _context.get(), get("LONGSPAN_BACKEND"), get("LONGSPAN_PREFER"), get("LONGSPAN_BLOCK")
+
+
+def current(backend: str | None = None, environ: Mapping[str, str] | None = None) -> Policy:
+    """The policy in force: argument before context before environment; blocked names add up.
+
+    Raises:
+        PolicyError: an environment variable that cannot be read.
+    """
+    policy = _context.get()
+    block = (*policy.block, *names("LONGSPAN_BLOCK", environ))
+    policy = evolve(policy, block=tuple(dict.fromkeys(block)))
+    if not policy.prefer and (prefer := names("LONGSPAN_PREFER", environ)):
+        policy = evolve(policy, prefer=prefer, prefer_from="environment")
+    if backend is not None:
+        return evolve(policy, backend=_name(backend), backend_from="argument")
+    if policy.backend is None and (wanted := names("LONGSPAN_BACKEND", environ)):
+        if len(wanted) > 1:
+            raise PolicyError(
+                f"LONGSPAN_BACKEND={','.join(wanted)!r}: want one name. Next: use LONGSPAN_PREFER for an order"
+            )
+        policy = evolve(policy, backend=wanted[0], backend_from="environment")
+    return policy
+
+
+def names(variable: str, environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    """A comma-separated list of names from an environment variable; empty where it is unset or empty.
+
+    Raises:
+        PolicyError: an entry is empty or holds anything but letters, digits, `_`, `-` and `.`.
+    """
+    text = (os.environ if environ is None else environ).get(variable, "")
+    if not text.strip():
+        return ()
+    found = tuple(part.strip() for part in text.split(","))
+    for name in found:
+        if not name or not name.isascii() or not name.replace("_", "").replace("-", "").replace(".", "").isalnum():
+            raise PolicyError(
+                f"{variable}={text!r}: entry {name!r} is no backend name. "
+                f"Next: give names separated by commas, e.g. {variable}=sdpa, or unset it"
+            )
+    return found
+
+
+def flag(variable: str, environ: Mapping[str, str] | None = None) -> bool:
+    """A yes or no from an environment variable; no where it is unset or empty.
+
+    Raises:
+        PolicyError: the value is neither.
+    """
+    text = (os.environ if environ is None else environ).get(variable, "").strip().lower()
+    if text in ("1", "true", "yes", "on"):
+        return True
+    if text in ("", "0", "false", "no", "off"):
+        return False
+    raise PolicyError(f"{variable}={text!r}: want 1 or 0. Next: unset it, or set it to 1")

@@ -1,0 +1,457 @@
+"""The values that describe a problem, a device, a backend and the choice made: frozen attrs with their checks."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from attrs import asdict, evolve, field, frozen
+
+from longspan.errors import ArgumentError
+from longspan.inputs import check_inputs, check_number
+from longspan.patterns import Dense, Pattern
+
+__all__ = [
+    "DTYPES",
+    "BackendInfo",
+    "BufferSpec",
+    "Candidate",
+    "Capabilities",
+    "Device",
+    "Kernel",
+    "Problem",
+    "Reason",
+    "Resolution",
+    "Verdict",
+]
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+Forward = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+Backward = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+def _texts(value: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(value, str):
+        raise ArgumentError("a tuple of names", repr(value), "a tuple such as ('cpu',)", f"write ({value!r},)")
+    return tuple(value)
+
+
+# ---------------------------------------------------------------------------------------------------------- device
+
+
+@frozen
+class Device:
+    """A kind of device, present on this machine or not.
+
+    `type` is `cpu`, `cuda`, `rocm`, `mps`, `xpu` or another name that torch knows; `capability` is the CUDA compute
+    capability where known; `arch` is what the vendor calls it (`sm_61`, `gfx942`); `index` is the ordinal, if any.
+    """
+
+    type: str
+    capability: tuple[int, int] | None = None
+    arch: str = ""
+    index: int | None = field(default=None, eq=False)
+
+    @classmethod
+    def parse(cls, text: str) -> Device:
+        """Read `cpu`, `cuda`, `cuda:1`, `sm_61`, `sm_90`, `gfx942`, `mps`, `xpu`. Touches no device.
+
+        Raises:
+            ArgumentError: the text names no kind of device.
+        """
+        word = str(text).strip().lower()
+        if match := re.fullmatch(r"sm_?(\d+)(\d)[a-z]?", word):
+            capability = (int(match[1]), int(match[2]))
+            return cls("cuda", capability, f"sm_{match[1]}{match[2]}")
+        if re.fullmatch(r"gfx[0-9a-f]{3,5}", word):
+            return cls("rocm", None, word)
+        if match := re.fullmatch(r"(cpu|cuda|rocm|mps|xpu)(?::(\d+))?", word):
+            return cls(match[1], index=int(match[2]) if match[2] else None)
+        raise ArgumentError("device", repr(text), "cpu, cuda, mps, xpu, rocm, sm_NN or gfxNNN", "e.g. sm_90")
+
+    @classmethod
+    def of(cls, device: torch.device) -> Device:
+        """The kind of a torch device. Asks CUDA for the capability only where a CUDA device is given."""
+        if device.type != "cuda":
+            return cls(device.type, index=device.index)
+        if torch.version.hip:
+            arch = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+            return cls("rocm", None, arch, device.index)
+        major, minor = torch.cuda.get_device_capability(device)
+        return cls("cuda", (major, minor), f"sm_{major}{minor}", device.index)
+
+    def matches(self, wanted: str) -> bool:
+        """Whether a capability such as `cpu`, `cuda`, `cuda>=8.0`, `cuda==6.1` or `rocm` covers this device.
+
+        A CUDA device of unknown capability is taken to be recent enough.
+        """
+        match = re.fullmatch(r"([a-z]+)(?:(>=|<=|==|<|>)(\d+)\.(\d+))?", wanted)
+        if match is None or match[1] != self.type:
+            return False
+        if match[2] is None:
+            return True
+        if self.capability is None:
+            return match[2] in (">=", ">")
+        bound = (int(match[3]), int(match[4]))
+        have = self.capability
+        return {
+            ">=": have >= bound,
+            "<=": have <= bound,
+            "==": have == bound,
+            "<": have < bound,
+            ">": have > bound,
+        }[match[2]]
+
+    @property
+    def name(self) -> str:
+        """The most telling name: `sm_61`, `gfx942`, `cpu`."""
+        return self.arch or self.type
+
+    def __str__(self) -> str:
+        return self.name
+
+
+# --------------------------------------------------------------------------------------------------------- problem
+
+
+def _device(value: Any) -> Device:
+    return value if isinstance(value, Device) else Device.parse(str(value))
+
+
+def _dtype(value: Any) -> str:
+    name = str(value).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ArgumentError("dtype", name, " or ".join(DTYPES), "cast the inputs, e.g. query.float()")
+    return name
+
+
+@frozen(kw_only=True, cache_hash=True)
+class Problem:
+    """Everything that decides which backend fits: shapes, dtype, device, pattern and arguments. Frozen and hashable.
+
+    Lengths are in tokens. `scale` is always a number (1/sqrt(head_dim) unless given). `query_offset` is the position
+    of the first query, 0 unless given; keys start at position 0.
+    """
+
+    batch: int
+    heads: int
+    q_len: int
+    head_dim: int
+    kv_heads: int = -1
+    kv_len: int = -1
+    dtype: str = field(default="float32", converter=_dtype)
+    device: Device = field(default=Device("cpu"), converter=_device)
+    pattern: Pattern = Dense()
+    is_causal: bool = False
+    scale: float = math.nan
+    dropout_p: float = 0.0
+    documents: tuple[int, ...] | None = None
+    query_offset: int = 0
+    requires_grad: bool = False
+    deterministic: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        put = object.__setattr__  # frozen: fill in what follows from the other fields
+        if self.kv_heads < 0:
+            put(self, "kv_heads", self.heads)
+        if self.kv_len < 0:
+            put(self, "kv_len", self.q_len)
+        if math.isnan(self.scale):
+            put(self, "scale", 1.0 / math.sqrt(self.head_dim) if self.head_dim else 1.0)
+        _check_problem(self)
+
+    @classmethod
+    def like(
+        cls,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pattern: Pattern | None = None,
+        *,
+        is_causal: bool = False,
+        scale: float | None = None,
+        dropout_p: float = 0.0,
+        enable_gqa: bool = False,
+        cu_seqlens: object = None,
+        query_offset: int | None = None,
+    ) -> Problem:
+        """The problem that these tensors pose.
+
+        Args:
+            query: `(batch, heads, q_len, head_dim)`, any strides.
+            key: `(batch, kv_heads, kv_len, head_dim)`.
+            value: the shape of `key`.
+            pattern: `Dense()` unless given.
+            is_causal: key position <= query position.
+            scale: factor on the scores, 1/sqrt(head_dim) unless given.
+            dropout_p: probability of dropping a weight.
+            enable_gqa: allow `kv_heads` to be a divisor of `heads`.
+            cu_seqlens: boundaries of packed documents.
+            query_offset: position of the first query; needed where `q_len != kv_len` and the result depends on
+                positions.
+
+        Raises:
+            ArgumentError: names the argument, what was given and what would do.
+        """
+        fields = check_inputs(
+            query, key, value, enable_gqa=enable_gqa, cu_seqlens=cu_seqlens, query_offset=query_offset
+        )
+        pattern = Dense() if pattern is None else pattern
+        if not isinstance(pattern, Pattern):
+            raise ArgumentError("pattern", repr(pattern), "a longspan pattern", "e.g. longspan.Dense()")
+        if fields["q_len"] != fields["kv_len"] and query_offset is None and (is_causal or pattern.positional):
+            raise ArgumentError(
+                "query_offset",
+                f"None with {fields['q_len']} queries and {fields['kv_len']} keys",
+                "the position of the first query, for what depends on positions",
+                f"query_offset=0 aligns the first query with the first key (top left), "
+                f"query_offset={fields['kv_len'] - fields['q_len']} the last with the last (bottom right)",
+            )
+        return cls(
+            device=Device.of(query.device),
+            pattern=pattern,
+            is_causal=bool(is_causal),
+            scale=math.nan if scale is None else check_number("scale", scale),
+            dropout_p=check_number("dropout_p", dropout_p),
+            requires_grad=torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            **fields,
+        )
+
+    def replace(self, **changes: Any) -> Problem:
+        """A copy with some fields changed."""
+        return evolve(self, **changes)
+
+    def __str__(self) -> str:
+        shape = f"q=({self.batch},{self.heads},{self.q_len},{self.head_dim})"
+        if (self.kv_heads, self.kv_len) != (self.heads, self.q_len):
+            shape += f" kv=({self.batch},{self.kv_heads},{self.kv_len},{self.head_dim})"
+        words = [self.pattern.spec, shape, self.dtype, self.device.name]
+        words += ["causal"] if self.is_causal else []
+        words += ["grad"] if self.requires_grad else []
+        words += [f"dropout={self.dropout_p}"] if self.dropout_p else []
+        words += ["documents"] if self.documents is not None else []
+        return " ".join(words)
+
+
+def _check_problem(problem: Problem) -> None:
+    for name in ("batch", "heads", "kv_heads", "q_len", "kv_len"):
+        value = getattr(problem, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ArgumentError(name, repr(value), "an integer of at least 0")
+    if problem.head_dim < 1:
+        raise ArgumentError("head_dim", problem.head_dim, "at least 1", "give query a last dimension of at least 1")
+    if not isinstance(problem.pattern, Pattern):
+        raise ArgumentError("pattern", repr(problem.pattern), "a longspan pattern", "e.g. longspan.Dense()")
+    if problem.kv_heads and problem.heads % problem.kv_heads:
+        raise ArgumentError(
+            "kv_heads",
+            f"{problem.kv_heads} key heads for {problem.heads} query heads",
+            "a divisor of the number of query heads",
+            "repeat or drop key heads until they divide",
+        )
+    if not math.isfinite(problem.scale):
+        raise ArgumentError("scale", problem.scale, "a finite number")
+    if not 0.0 <= problem.dropout_p < 1.0:
+        raise ArgumentError("dropout_p", problem.dropout_p, "a probability of at least 0 and below 1")
+    if problem.query_offset < 0:
+        raise ArgumentError("query_offset", problem.query_offset, "a position of at least 0")
+    problem.pattern.check(problem.heads)
+
+
+# -------------------------------------------------------------------------------------------------------- backends
+
+
+@frozen(kw_only=True)
+class Capabilities:
+    """What a backend can do: the single declaration that the resolver, the error texts and the tests read.
+
+    Every default is the poorest one: silence claims nothing.
+
+    Args:
+        devices: such as `cpu`, `cuda`, `cuda>=8.0`, `rocm`, `mps`.
+        dtypes: names out of float16, bfloat16, float32, float64.
+        patterns: what the kernel does natively; with `dense` among them the core lowers every other pattern to it.
+        causal: the dense kernel takes `is_causal` for as many queries as keys.
+        gqa: takes fewer key heads than query heads; else the core passes key heads as stride-0 views.
+        dropout, documents, window, query_offset: native support of these arguments.
+        backward: the `Kernel` has a backward; else the core's blockwise backward serves.
+        head_dim_min, head_dim_max, head_dim_multiple: limits on the head dimension.
+        deterministic: same inputs, same bits, run to run, forward and backward.
+        exact: False for approximations; auto never takes one.
+        experimental: auto never takes it, and says so.
+        opt_in: auto takes it only where the user named it.
+        tier: auto prefers a higher number among backends that fit.
+        api: the version of the hook contract that the backend was written for.
+    """
+
+    devices: tuple[str, ...] = field(default=(), converter=_texts)
+    dtypes: tuple[str, ...] = field(default=(), converter=_texts)
+    patterns: tuple[str, ...] = field(default=(), converter=_texts)
+    causal: bool = False
+    gqa: bool = False
+    dropout: bool = False
+    documents: bool = False
+    window: bool = False
+    query_offset: bool = False
+    backward: bool = False
+    head_dim_min: int = 1
+    head_dim_max: int | None = None
+    head_dim_multiple: int = 1
+    deterministic: bool = False
+    exact: bool = True
+    experimental: bool = False
+    opt_in: bool = False
+    tier: int = 0
+    api: int = 1
+
+    def __attrs_post_init__(self) -> None:
+        unknown = sorted(set(self.dtypes) - set(DTYPES))
+        if unknown:
+            raise ArgumentError("Capabilities.dtypes", unknown, "names out of " + ", ".join(DTYPES))
+        for device in self.devices:
+            if not re.fullmatch(r"[a-z]+(?:(>=|<=|==|<|>)\d+\.\d+)?", device):
+                raise ArgumentError("Capabilities.devices", repr(device), "a form such as cpu, cuda or cuda>=8.0")
+
+
+@frozen
+class Reason:
+    """Why a backend does not fit, as data: `code` is a word, `field` what is at fault, `fix` what to type next."""
+
+    code: str
+    field: str
+    got: str = ""
+    want: str = ""
+    fix: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.field} is {self.got}" if self.got else self.field
+        text += f" (needs {self.want})" if self.want else ""
+        return text + (f"; fix: {self.fix}" if self.fix else "")
+
+
+@frozen
+class Kernel:
+    """What a backend makes for one problem.
+
+    `forward(query, key, value)` returns `(out, lse)`: `out` of query's shape and dtype, `lse` `(batch, heads, q_len)`,
+    natural log, float32 (float64 for float64 inputs); a row without keys has out 0 and lse -inf.
+    `backward(dout, query, key, value, out, lse)` returns `(dquery, dkey, dvalue)`, where `out` and `lse` may be those
+    of a softmax over more keys than `key` holds. None: the core's blockwise backward serves.
+    """
+
+    forward: Forward
+    backward: Backward | None = None
+
+
+@frozen
+class BufferSpec:
+    """Workspace that a kernel wants: a name, a shape and a dtype name."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+
+@frozen
+class BackendInfo:
+    """A row of the ledger: one backend that was found, whatever became of it.
+
+    `state` is one of loaded, blocked, broken, duplicate, incompatible. `opt_in`: auto does not take it unasked.
+    """
+
+    name: str
+    state: str
+    distribution: str = ""
+    version: str = ""
+    description: str = ""
+    opt_in: bool = True
+    error: str = ""
+    import_ms: float = 0.0
+    capabilities: Capabilities | None = field(default=None, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self, filter=lambda attribute, _: attribute.name != "capabilities")
+
+
+# ------------------------------------------------------------------------------------------------------ resolution
+
+
+def _no_reasons(problem: Problem) -> Iterable[Reason]:
+    return ()
+
+
+@frozen
+class Candidate:
+    """What the resolver knows of one backend."""
+
+    info: BackendInfo
+    unsupported: Callable[[Problem], Iterable[Reason]] = field(default=_no_reasons, repr=False, eq=False)
+
+    @property
+    def name(self) -> str:
+        """The backend's name."""
+        return self.info.name
+
+
+@frozen
+class Verdict:
+    """One candidate, weighed: `ok` says that it can serve the problem; `reasons` say why not, or why not by auto."""
+
+    name: str
+    ok: bool
+    reasons: tuple[Reason, ...] = ()
+
+
+@frozen
+class Resolution:
+    """Who was chosen for a problem, who decided, and what was held against each of the others.
+
+    `chosen` is None where nothing fits, or where the backend that was `asked` for by name does not. `decided_by` is
+    argument, context, environment or auto; `candidates` are in auto's order, those that fit first.
+    """
+
+    problem: Problem
+    chosen: str | None
+    decided_by: str
+    why: str
+    candidates: tuple[Verdict, ...]
+    notes: tuple[str, ...] = ()
+    asked: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: chosen, decided_by, why, problem, notes and candidates with their reasons."""
+        return {
+            "chosen": self.chosen,
+            "decided_by": self.decided_by,
+            "why": self.why,
+            "problem": str(self.problem),
+            "notes": list(self.notes),
+            "candidates": [asdict(candidate) for candidate in self.candidates],
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON text."""
+        return json.dumps(self.to_dict())
+
+    def __getitem__(self, name: str) -> Verdict:
+        """The verdict on one backend."""
+        for candidate in self.candidates:
+            if candidate.name == name:
+                return candidate
+        raise KeyError(name)
+
+    def __str__(self) -> str:
+        width = max([len(verdict.name) for verdict in self.candidates], default=0)
+        lines = [str(self.problem)]
+        for verdict in self.candidates:
+            word = "chosen" if verdict.name == self.chosen else "ok" if verdict.ok else "no"
+            lines.append(f"  {verdict.name:<{width}}  {word:<6}  {'; '.join(map(str, verdict.reasons))}".rstrip())
+        lines.append(f"decided by {self.decided_by}: {self.why}")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])

@@ -1,0 +1,133 @@
+"""torch's own attention operators: those below `scaled_dot_product_attention` that also return the log-sum-exp.
+
+On a CPU the aten flash operator, on CUDA the aten flash and memory-efficient ones; where those refuse, the core's
+blockwise arithmetic. Called by name, so that what runs is what was chosen.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspan import Capabilities, Kernel, Problem, blockwise, hookimpl
+
+aten: Any = torch.ops.aten
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+@hookimpl
+def longspan_capabilities() -> Capabilities:
+    """Dense attention on any device that torch runs on."""
+    return Capabilities(
+        devices=("cpu", "cuda", "rocm", "mps", "xpu"),
+        dtypes=("float16", "bfloat16", "float32", "float64"),
+        patterns=("dense",),
+        causal=True,
+        backward=True,
+    )
+
+
+@hookimpl
+def longspan_kernel(problem: Problem) -> Kernel:
+    """The operator that takes this problem."""
+    given: dict[str, Any] = {"is_causal": problem.is_causal, "scale": problem.scale}
+    if problem.device.type == "cpu":
+        return Kernel(partial(_cpu_forward, **given), partial(_cpu_backward, **given))
+    if problem.device.type in ("cuda", "rocm"):
+        if _takes_flash(problem):
+            return Kernel(partial(_flash_forward, **given), partial(_flash_backward, **given))
+        if problem.dtype != "float64" and problem.head_dim % 8 == 0:
+            return Kernel(partial(_efficient_forward, **given), partial(_efficient_backward, **given))
+    return Kernel(partial(blockwise.forward, **given), partial(blockwise.backward, **given))
+
+
+def _takes_flash(problem: Problem) -> bool:
+    recent = problem.device.type == "rocm" or problem.device.matches("cuda>=8.0")
+    return recent and problem.dtype in ("float16", "bfloat16") and problem.head_dim % 8 == 0 and problem.head_dim <= 256
+
+
+# ------------------------------------------------------------------------------------------------------------- cpu
+
+_cpu_flash = aten._scaled_dot_product_flash_attention_for_cpu.default
+_cpu_flash_backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = _cpu_flash(query, key, value, 0.0, is_causal, scale=scale)
+    return result
+
+
+def _cpu_backward(
+    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *, is_causal: bool, scale: float
+) -> Gradients:
+    result: Gradients = _cpu_flash_backward(dout, query, key, value, out, lse, 0.0, is_causal, scale=scale)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------------ cuda
+
+
+def _flash_forward(
+    query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    result = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, False, scale=scale)
+    return result[0], result[1]
+
+
+def _flash_backward(
+    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *, is_causal: bool, scale: float
+) -> Gradients:
+    state = torch.zeros(2, dtype=torch.uint64, device=query.device)  # of the dropout generator; unread without dropout
+    result: Gradients = aten._scaled_dot_product_flash_attention_backward(
+        dout,
+        query,
+        key,
+        value,
+        out,
+        lse.contiguous(),
+        None,
+        None,
+        query.shape[2],
+        key.shape[2],
+        0.0,
+        is_causal,
+        state,
+        state,
+        scale=scale,
+    )
+    return result
+
+
+def _efficient_forward(
+    query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    result = aten._scaled_dot_product_efficient_attention(query, key, value, None, True, 0.0, is_causal, scale=scale)
+    return result[0], result[1][..., : query.shape[2]]  # the operator pads its rows to a multiple of 32
+
+
+def _efficient_backward(
+    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *, is_causal: bool, scale: float
+) -> Gradients:
+    rows = query.shape[2]
+    padded = lse.new_full((*lse.shape[:2], -(-rows // 32) * 32), torch.inf)
+    padded[..., :rows] = lse
+    state = torch.zeros((), dtype=torch.int64)  # of the dropout generator; unread without dropout
+    dquery, dkey, dvalue, _ = aten._scaled_dot_product_efficient_attention_backward(
+        dout,
+        query,
+        key,
+        value,
+        None,
+        out,
+        padded,
+        state,
+        state,
+        0.0,
+        [True, True, True, False],
+        is_causal,
+        scale=scale,
+    )
+    return dquery, dkey, dvalue
