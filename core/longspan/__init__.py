@@ -8,6 +8,7 @@ from longspan import blockwise
 from longspan.attention import attention
 from longspan.buffers import Allocator, Workspace
 from longspan.discovery import registry as _registry
+from longspan.dropout import Dropout
 from longspan.errors import (
     ArgumentError,
     BackendUnavailable,
@@ -21,7 +22,7 @@ from longspan.errors import (
 from longspan.explain import explain
 from longspan.hookspecs import hookimpl
 from longspan.layout import Layout
-from longspan.patterns import Dense, Dilated, Pattern, parse_pattern
+from longspan.patterns import Dense, Dilated, Pattern, SlidingWindow, parse_pattern
 from longspan.plan import Plan, plan
 from longspan.policy import use
 from longspan.spec import (
@@ -52,6 +53,7 @@ __all__ = [
     "Dense",
     "Device",
     "Dilated",
+    "Dropout",
     "DuplicateBackend",
     "Kernel",
     "Layout",
@@ -64,6 +66,7 @@ __all__ = [
     "Problem",
     "Reason",
     "Resolution",
+    "SlidingWindow",
     "UnknownBackend",
     "Verdict",
     "Workspace",

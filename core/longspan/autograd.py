@@ -2,35 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-__all__ = ["Differentiable"]
+from longspan.dropout import Draw
+from longspan.errors import LongspanError
 
-Run = Callable[..., tuple[Tensor, Tensor]]
-Back = Callable[..., tuple[Tensor, Tensor, Tensor]]
+__all__ = ["Differentiable", "Runner"]
+
+
+class Runner(Protocol):
+    """What a plan gives to its node."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:
+        """`(out, lse)`."""
+
+    def backward(
+        self,
+        dout: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        draw: Draw | None,
+        dlse: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`(dquery, dkey, dvalue)`."""
 
 
 class Differentiable(Function):
-    """`(out, lse) = forward(query, key, value)`, with `backward` from saved tensors; the lse takes no gradient yet."""
+    """`(out, lse) = runner.forward(query, key, value, draw)`, with gradients through both."""
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, forward: Run, backward: Back
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, runner: Runner, draw: Draw | None
     ) -> tuple[Tensor, Tensor]:
         """Run, and save what the backward needs."""
-        out, lse = forward(query, key, value)
+        out, lse = runner.forward(query, key, value, draw)
         ctx.save_for_backward(query, key, value, out, lse)
-        ctx.run = backward
-        ctx.mark_non_differentiable(lse)
+        ctx.runner, ctx.draw = runner, draw
+        ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         """The kernel contract's backward, with the joint out and lse."""
-        return (*ctx.run(dout, *ctx.saved_tensors), None, None)
+        query, key, value, out, lse = ctx.saved_tensors
+        with torch.no_grad():
+            dout = torch.zeros_like(out) if dout is None else dout
+            grads = ctx.runner.backward(dout, query, key, value, out, lse, ctx.draw, dlse)
+        if torch.is_grad_enabled():  # create_graph=True
+            last: Any = _Last.apply
+            grads = last(query, key, value, dout, *grads)
+        return (*grads, None, None)
+
+
+class _Last(Function):
+    """Passes gradients on, and refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, dout: Tensor, *grads: Tensor) -> Any:
+        return tuple(grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise LongspanError(
+            "longspan.attention has no second derivative: got a gradient of its gradient; want at most one. Next: take "
+            "create_graph=False, or write the attention with torch operators where you need it twice"
+        )

@@ -1,7 +1,8 @@
 """Dense attention in plain torch, a block of query rows at a time: any dtype, any device, any strides.
 
 The core uses `backward` for kernels that bring none; `forward` and `backward` are public so that a plugin may fall back
-on them. Arithmetic is float32 (float64 for float64 inputs); memory beyond the results is bounded by `BUDGET`.
+on them. Arithmetic is float32 (float64 for float64 inputs); memory beyond the results is bounded by `BUDGET`. NaN and
+inf reach only the rows that may see them.
 """
 
 from __future__ import annotations
@@ -9,15 +10,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from attrs import frozen
 from torch import Tensor
 
-__all__ = ["BUDGET", "backward", "forward"]
+from longspan.dropout import Dropout
+
+__all__ = ["BUDGET", "backward", "forward", "taint"]
 
 BUDGET = 16 * 2**20
 """Bytes of scores held at once."""
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    is_causal: bool,
+    scale: float,
+    dropout: Dropout | None = None,
+) -> tuple[Tensor, Tensor]:
     """Softmax attention and its log-sum-exp.
 
     Args:
@@ -26,6 +38,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, scale
         value: the shape of `key`.
         is_causal: query `i` sees keys up to `i` (counted from the first of each).
         scale: factor on the scores.
+        dropout: the mask on the weights, if any; the log-sum-exp is that of the weights before it.
 
     Returns:
         `out` of query's shape and dtype; `lse` `(batch, heads, q_len)`, natural log, float32 or float64. A query
@@ -34,23 +47,42 @@ def forward(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, scale
     wide = _wide(query)
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
     lse = torch.full(query.shape[:3], -torch.inf, dtype=wide, device=query.device)
-    for batch, rows, keys in _blocks(query, key, is_causal):
-        q, k, v = _grouped(query, key, batch, rows), key[batch, :, keys].to(wide), value[batch, :, keys].to(wide)
-        scores = _scores(q.to(wide), k, rows, is_causal, scale)
+    for block in _blocks(query, key, is_causal):
+        at = block.batch, slice(None), block.rows
+        scores = block.scores(block.grouped(query).to(wide), key, scale, wide)
         block_lse = scores.logsumexp(-1)
-        out[batch, :, rows] = (scores.sub_(block_lse.unsqueeze(-1)).exp_() @ v).view_as(out[batch, :, rows])
-        lse[batch, :, rows] = block_lse.view_as(lse[batch, :, rows])
+        weights = scores.sub_(block_lse.unsqueeze(-1)).exp_()
+        if dropout is not None:
+            weights *= block.factors(dropout, weights)
+        plain = block.before(value).to(wide)
+        part = weights[..., : plain.shape[2]] @ plain
+        if is_causal:
+            edge = block.edge(value).to(wide)
+            part += weights[..., plain.shape[2] :] @ torch.where(edge.isfinite(), edge, 0.0)
+            block.add(part, taint(edge))
+        out[at] = part.view_as(out[at])
+        lse[at] = block_lse.view_as(lse[at])
     return out, lse
 
 
 def backward(
-    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *, is_causal: bool, scale: float
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    is_causal: bool,
+    scale: float,
+    dropout: Dropout | None = None,
+    dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `forward`, where `out` and `lse` may be those of a softmax over more keys than `key` holds.
 
-    With P = exp(scores - lse), the joint weights, dV = P^T dO and dS = P * (dO V^T - rowsum(dO * O)): summed over
-    disjoint key sets these are the gradients of the joint softmax, so no gradient with respect to a partial lse
-    is needed.
+    With P = exp(scores - lse), the joint weights, dV = P^T dO and dS = P * (dO V^T - rowsum(dO * O) + dlse): summed
+    over disjoint key sets these are the gradients of the joint softmax, so no gradient with respect to a partial
+    lse is needed.
 
     Args:
         dout: the shape of `query`.
@@ -61,6 +93,8 @@ def backward(
         lse: the joint log-sum-exp, `(batch, heads, q_len)`, natural log; finite.
         is_causal: as in `forward`.
         scale: as in `forward`.
+        dropout: the forward's mask, if any.
+        dlse: the gradient with respect to the joint log-sum-exp, if any, the shape of `lse`.
 
     Returns:
         `(dquery, dkey, dvalue)`, of the inputs' shapes and dtypes.
@@ -69,27 +103,98 @@ def backward(
     dquery = torch.zeros_like(query, memory_format=torch.contiguous_format)
     dkey = torch.zeros(key.shape, dtype=wide, device=key.device)
     dvalue = torch.zeros_like(dkey)
-    for batch, rows, keys in _blocks(query, key, is_causal):
-        q, k, v = _grouped(query, key, batch, rows).to(wide), key[batch, :, keys].to(wide), value[batch, :, keys]
-        do, o = (_grouped(x, key, batch, rows).to(wide) for x in (dout, out))
-        row_lse = _grouped(lse.unsqueeze(-1), key, batch, rows).to(wide)
-        weights = _scores(q, k, rows, is_causal, scale).sub_(row_lse).exp_()
-        dvalue[batch, :, keys] += weights.transpose(-1, -2) @ do
-        slope = do @ v.to(wide).transpose(-1, -2)
-        slope = weights.mul_(slope.sub_((do * o).sum(-1, keepdim=True))).mul_(scale)
-        dquery[batch, :, rows] = (slope @ k).view_as(dquery[batch, :, rows])
-        dkey[batch, :, keys] += slope.transpose(-1, -2) @ q
+    for block in _blocks(query, key, is_causal):
+        q, do, o = (block.grouped(x).to(wide) for x in (query, dout, out))
+        weights = block.scores(q, key, scale, wide).sub_(block.grouped(lse.unsqueeze(-1)).to(wide)).exp_()
+        slope = do @ block.keys_of(value).to(wide).transpose(-1, -2)
+        dropped = weights
+        if dropout is not None:
+            factors = block.factors(dropout, weights)
+            dropped = weights * factors
+            slope *= factors
+        held = (do * o).sum(-1, keepdim=True)
+        if dlse is not None:
+            held -= block.grouped(dlse.unsqueeze(-1)).to(wide)
+        slope = slope.sub_(held).mul_(weights).mul_(scale)
+        keys = block.keys_of(key).to(wide)
+        if is_causal:  # 0 * NaN is NaN: what a row may not see must not reach it
+            block.hide(slope, 0.0)
+            keys = torch.where(keys.isfinite(), keys, 0.0)
+        at = block.batch, slice(None), block.rows
+        dvalue[block.batch, :, block.keys] += dropped.transpose(-1, -2) @ do
+        dquery[at] = (slope @ keys).view_as(dquery[at])
+        dkey[block.batch, :, block.keys] += slope.transpose(-1, -2) @ q
     return dquery, dkey.to(key.dtype), dvalue.to(value.dtype)
+
+
+def taint(value: Tensor) -> Tensor:
+    """What NaN and inf among the values add to each causal row: row `i` gets those of rows up to `i`, others 0.
+
+    A masked weight of 0 times NaN is NaN, so a kernel that multiplies masked weights lets one bad value reach rows
+    before it. Run it on the finite values instead, and add this.
+
+    Args:
+        value: `(..., seq, head_dim)`.
+    """
+    return torch.where(value.isfinite(), 0.0, value).cumsum(-2)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _blocks(query: Tensor, key: Tensor, is_causal: bool) -> Iterator[tuple[slice, slice, slice]]:
-    """Slices of batch entries, of query rows, and of the keys that these rows can see; empty for empty work."""
+@frozen
+class _Block:
+    """Some query rows of some batch entries, with the keys that they can see."""
+
+    batch: slice
+    rows: slice
+    keys: slice
+    is_causal: bool
+    kv_heads: int
+
+    def grouped(self, tensor: Tensor) -> Tensor:
+        """Rows of all query heads that share a key head, in turn: `(batch, kv_heads, group * rows, ...)`."""
+        part = tensor[self.batch, :, self.rows]
+        return part.reshape(part.shape[0], self.kv_heads, -1, part.shape[-1])
+
+    def keys_of(self, tensor: Tensor) -> Tensor:
+        return tensor[self.batch, :, self.keys]
+
+    def before(self, tensor: Tensor) -> Tensor:
+        """The keys that every row sees."""
+        stop = min(self.rows.start, self.keys.stop) if self.is_causal else self.keys.stop
+        return tensor[self.batch, :, :stop]
+
+    def edge(self, tensor: Tensor) -> Tensor:
+        """The keys of the causal triangle: key `rows.start + i` is the last that row `i` sees."""
+        return tensor[self.batch, :, self.rows.start : self.keys.stop]
+
+    def add(self, grouped: Tensor, lines: Tensor) -> None:
+        """Add line `i`, or the last one where there are fewer, to row `i` of every query head, in place."""
+        count = self.rows.stop - self.rows.start
+        if lines.shape[2]:
+            where = torch.arange(count, device=lines.device).clamp_(max=lines.shape[2] - 1)
+            grouped.view(*grouped.shape[:2], -1, count, grouped.shape[-1]).add_(lines[:, :, where].unsqueeze(2))
+
+    def scores(self, q: Tensor, key: Tensor, scale: float, wide: torch.dtype) -> Tensor:
+        scores = (q * scale) @ self.keys_of(key).to(wide).transpose(-1, -2)
+        return self.hide(scores, -torch.inf) if self.is_causal else scores
+
+    def hide(self, scores: Tensor, fill: float) -> Tensor:
+        """Fill what causal rows may not see, in place."""
+        count, seen = self.rows.stop - self.rows.start, scores.shape[-1]
+        hidden = torch.ones(count, seen, dtype=torch.bool, device=scores.device).triu_(self.rows.start + 1)
+        scores.view(*scores.shape[:2], -1, count, seen).masked_fill_(hidden, fill)
+        return scores
+
+    def factors(self, dropout: Dropout, weights: Tensor) -> Tensor:
+        return dropout.factors(self.batch, self.rows, self.keys, weights.dtype).reshape(weights.shape)
+
+
+def _blocks(query: Tensor, key: Tensor, is_causal: bool) -> Iterator[_Block]:
     batch, heads, q_len, _ = query.shape
-    kv_len = key.shape[2]
+    kv_heads, kv_len = key.shape[1:3]
     if not (batch and heads and q_len and kv_len):
         return
     line = heads * kv_len * (8 if query.dtype == torch.float64 else 4)  # bytes of scores for one row of one entry
@@ -98,19 +203,5 @@ def _blocks(query: Tensor, key: Tensor, is_causal: bool) -> Iterator[tuple[slice
     for b in range(0, batch, entries):
         for start in range(0, q_len, rows):
             stop = min(start + rows, q_len)
-            yield slice(b, b + entries), slice(start, stop), slice(0, min(stop, kv_len) if is_causal else kv_len)
-
-
-def _grouped(tensor: Tensor, key: Tensor, batch: slice, rows: slice) -> Tensor:
-    """Rows of all query heads that share a key head, one after the other: `(batch, kv_heads, group * rows, ...)`."""
-    part = tensor[batch, :, rows]
-    return part.reshape(part.shape[0], key.shape[1], -1, part.shape[-1])
-
-
-def _scores(q: Tensor, k: Tensor, rows: slice, is_causal: bool, scale: float) -> Tensor:
-    scores = (q * scale) @ k.transpose(-1, -2)
-    if is_causal:
-        count = rows.stop - rows.start
-        hidden = torch.ones(count, k.shape[2], dtype=torch.bool, device=k.device).triu_(rows.start + 1)
-        scores.view(*scores.shape[:2], -1, count, k.shape[2]).masked_fill_(hidden, -torch.inf)
-    return scores
+            keys = slice(0, min(stop, kv_len) if is_causal else kv_len)
+            yield _Block(slice(b, b + entries), slice(start, stop), keys, is_causal, kv_heads)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Hashable
 from threading import Lock
 from typing import Any, Protocol
-
-from longspan.spec import Problem
 
 __all__ = ["LayoutCache", "LayoutStore"]
 
 
 class LayoutStore(Protocol):
-    """Keeps layouts by problem."""
+    """Keeps layouts by a hashable key that says which problem and which backend they are for."""
 
-    def get(self, problem: Problem) -> Any | None:
-        """The layout kept for this problem, or None."""
+    def get(self, key: Hashable) -> Any | None:
+        """The layout kept under this key, or None."""
 
-    def put(self, problem: Problem, layout: Any) -> None:
+    def put(self, key: Hashable, layout: Any) -> None:
         """Keep a layout; may drop others."""
 
 
@@ -25,23 +24,23 @@ class LayoutCache:
     """The core's default store: the last `size` layouts, shared by all plans of a process."""
 
     def __init__(self, size: int = 256) -> None:
-        self._kept: OrderedDict[Problem, Any] = OrderedDict()
+        self._kept: OrderedDict[Hashable, Any] = OrderedDict()
         self._lock = Lock()
         self.size = size
 
-    def get(self, problem: Problem) -> Any | None:
-        """The layout kept for this problem, or None."""
+    def get(self, key: Hashable) -> Any | None:
+        """The layout kept under this key, or None."""
         with self._lock:
-            if problem not in self._kept:
+            if key not in self._kept:
                 return None
-            self._kept.move_to_end(problem)
-            return self._kept[problem]
+            self._kept.move_to_end(key)
+            return self._kept[key]
 
-    def put(self, problem: Problem, layout: Any) -> None:
+    def put(self, key: Hashable, layout: Any) -> None:
         """Keep a layout; the least recently used one goes when there are more than `size`."""
         with self._lock:
-            self._kept[problem] = layout
-            self._kept.move_to_end(problem)
+            self._kept[key] = layout
+            self._kept.move_to_end(key)
             while len(self._kept) > self.size:
                 self._kept.popitem(last=False)
 

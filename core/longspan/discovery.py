@@ -65,6 +65,19 @@ class Registry:
                 for row in rows
             )
 
+    def capabilities(self, name: str) -> Capabilities:
+        """What a loaded backend declared.
+
+        Raises:
+            PluginError: the backend is not loaded.
+        """
+        self.discover()
+        with self._lock:
+            row = self._ledger.get(name)
+        if row is None or row.capabilities is None:
+            raise PluginError(f"backend {name!r} is not loaded. Next: see `longspan backends`")
+        return row.capabilities
+
     def lane(self, name: str, hook: str) -> pluggy.HookCaller:
         """One hook as this backend sees it: its own implementation, wrappers and extensions, then the core's default.
 

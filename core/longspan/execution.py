@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from longspan import blockwise
-from longspan.layout import Layout
+from longspan.dropout import Draw, Dropout
+from longspan.layout import Call, Layout
 from longspan.merge import merge_
 from longspan.spec import Kernel
 from longspan.views import Block, blocks
@@ -22,28 +24,29 @@ TEMPORARY = 16 * 2**20
 class Step:
     """A kernel with what the core knows about the dense problem that it was made for."""
 
-    __slots__ = ("backward", "forward", "gqa")
+    __slots__ = ("_backward", "forward", "gqa", "is_causal", "scale")
 
     def __init__(self, kernel: Kernel, *, gqa: bool, is_causal: bool, scale: float) -> None:
         self.forward = kernel.forward
-        self.gqa = gqa
-        self.backward = kernel.backward
-        if self.backward is None:
+        self._backward = kernel.backward
+        self.gqa, self.is_causal, self.scale = gqa, is_causal, scale
 
-            def backward(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-                return blockwise.backward(*tensors, is_causal=is_causal, scale=scale)
-
-            self.backward = backward
+    def backward(self, *tensors: Tensor, dlse: Tensor | None, **given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The kernel's backward; the core's where there is none, or where the lse has a gradient of its own."""
+        if self._backward is not None and dlse is None:
+            return self._backward(*tensors, **given)
+        return blockwise.backward(*tensors, is_causal=self.is_causal, scale=self.scale, dlse=dlse, **given)
 
 
 def run_forward(
-    layout: Layout, steps: Sequence[Step], query: Tensor, key: Tensor, value: Tensor
+    layout: Layout, steps: Sequence[Step], draw: Draw | None, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Compute `(out, lse)`: out of query's shape and dtype, lse `(batch, heads, q_len)` float32 or float64.
 
     Results that several calls share are merged in float32 or wider, whatever the dtype of the inputs.
     """
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    query, key, value = _unit(query), _unit(key), _unit(value)
+    wide = _wide(query)
     out_dtype = wide if layout.merges else query.dtype
     if layout.covered:
         out = torch.empty(query.shape, dtype=out_dtype, device=query.device)
@@ -53,48 +56,92 @@ def run_forward(
         lse = torch.full(query.shape[:3], -torch.inf, dtype=wide, device=query.device)
     query_strides = (query.stride(), out.stride(), (*lse.stride(), 1))
     key_strides = (key.stride(), value.stride())
-    for call, step in zip(layout.calls, steps, strict=True):
-        for block in blocks(call, query.shape[0], query.shape[3], step.gqa, _rows(query), query_strides, key_strides):
-            part, part_lse = step.forward(block.query_side(query, 0), block.key_side(key, 3), block.key_side(value, 4))
-            if call.first:
-                block.query_side(out, 1).copy_(part)
-                block.line_side(lse, 2).copy_(part_lse)
-            else:
-                merge_(block.query_side(out, 1), block.line_side(lse, 2), part, part_lse)
+    for call, step, block, given in _launches(layout, steps, draw, query, query_strides, key_strides):
+        turn = _flip if call.flipped else _as_is
+        part, part_lse = step.forward(
+            turn(block.query_side(query, 0)), turn(block.key_side(key, 3)), turn(block.key_side(value, 4)), **given
+        )
+        if call.first:
+            block.query_side(out, 1).copy_(turn(part))
+            block.line_side(lse, 2).copy_(turn(part_lse))
+        else:
+            merge_(block.query_side(out, 1), block.line_side(lse, 2), turn(part), turn(part_lse))
     return out.to(query.dtype), lse
 
 
 def run_backward(
     layout: Layout,
     steps: Sequence[Step],
+    draw: Draw | None,
     dout: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     out: Tensor,
     lse: Tensor,
+    dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `run_forward`: every call's backward gets the joint `out` and `lse`, and the results add up."""
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    dtype = wide if len(layout.calls) > 1 else query.dtype
+    dout, query, key, value, out = (_unit(x) for x in (dout, query, key, value, out))
+    dtype = _wide(query) if len(layout.calls) > 1 else query.dtype
     dquery, dkey, dvalue = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (query, key, value))
-    query_strides = (*(x.stride() for x in (query, dout, out, dquery)), (*lse.stride(), 1))
+    lines = [(*x.stride(), 1) for x in (lse, dlse) if x is not None]
+    query_strides = (*(x.stride() for x in (query, dout, out, dquery)), *lines)
     key_strides = tuple(x.stride() for x in (key, value, dkey, dvalue))
-    for call, step in zip(layout.calls, steps, strict=True):
-        for block in blocks(call, query.shape[0], query.shape[3], step.gqa, _rows(query), query_strides, key_strides):
-            assert step.backward is not None
-            dq, dk, dv = step.backward(
-                block.query_side(dout, 1),
-                block.query_side(query, 0),
-                block.key_side(key, 5),
-                block.key_side(value, 6),
-                block.query_side(out, 2),
-                block.line_side(lse, 4),
-            )
-            block.query_side(dquery, 3).add_(dq)
-            _add_keys(block, dkey, 7, dk)
-            _add_keys(block, dvalue, 8, dv)
+    k = len(query_strides)  # the slot of the first key-like tensor
+    for call, step, block, given in _launches(layout, steps, draw, query, query_strides, key_strides):
+        turn = _flip if call.flipped else _as_is
+        dq, dk, dv = step.backward(
+            turn(block.query_side(dout, 1)),
+            turn(block.query_side(query, 0)),
+            turn(block.key_side(key, k)),
+            turn(block.key_side(value, k + 1)),
+            turn(block.query_side(out, 2)),
+            turn(block.line_side(lse, 4)),
+            dlse=None if dlse is None else turn(block.line_side(dlse, 5)),
+            **given,
+        )
+        block.query_side(dquery, 3).add_(turn(dq))
+        _add_keys(block, dkey, k + 2, turn(dk))
+        _add_keys(block, dvalue, k + 3, turn(dv))
     return dquery.to(query.dtype), dkey.to(key.dtype), dvalue.to(value.dtype)
+
+
+def _launches(
+    layout: Layout,
+    steps: Sequence[Step],
+    draw: Draw | None,
+    query: Tensor,
+    queries: tuple[tuple[int, ...], ...],
+    keys: tuple[tuple[int, ...], ...],
+) -> Iterator[tuple[Call, Step, Block, dict[str, Any]]]:
+    batch, heads, _, width = query.shape
+    budget = max(1, TEMPORARY // (width * query.element_size()))
+    lines, query_positions, key_positions = len(queries), len(queries) + 1, len(queries) + 2 + len(keys)
+    if draw is not None:  # coordinates are strided too: they fold and split with the tensors
+        queries = (*queries, (heads, 1, 0, 0), (0, 0, 1, 0))
+        keys = (*keys, (0, 0, 1, 0))
+    for call, step in zip(layout.calls, steps, strict=True):
+        for block in blocks(call, batch, width, step.gqa, budget, queries, keys):
+            if draw is None:
+                yield call, step, block, {}
+                continue
+            dropout = Dropout(
+                draw.p,
+                draw.seed,
+                block.coordinates(lines, query.device)[..., 0],
+                block.coordinates(query_positions, query.device) + draw.query_offset,
+                block.coordinates(key_positions, query.device, of_keys=True),
+            )
+            yield call, step, block, {"dropout": dropout.flipped() if call.flipped else dropout}
+
+
+def _flip(tensor: Tensor) -> Tensor:
+    return tensor.flip(2)
+
+
+def _as_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _add_keys(block: Block, total: Tensor, slot: int, part: Tensor) -> None:
@@ -103,5 +150,10 @@ def _add_keys(block: Block, total: Tensor, slot: int, part: Tensor) -> None:
     block.key_side(total, slot, once=True).add_(part)
 
 
-def _rows(query: Tensor) -> int:
-    return max(1, TEMPORARY // (query.shape[3] * query.element_size()))
+def _unit(tensor: Tensor) -> Tensor:
+    """Kernels may rely on a last dimension without gaps."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -43,7 +43,7 @@ def longspan_pattern(problem: Problem) -> Layout | Any:
 
 @hookspec(firstresult=True)
 def longspan_cache(device: Device) -> LayoutStore:
-    """Caching: the store that keeps layouts for this device: `get(problem)`, `put(problem, layout)`."""
+    """Caching: the store that keeps layouts for this device: `get(key)`, `put(key, layout)`, keys being hashable."""
 
 
 @hookspec(firstresult=True)

@@ -37,6 +37,8 @@ class Call:
     `heads.count` is a multiple of `kv_heads.count`: query heads are in order of the key heads that they share.
     `is_causal` (as many queries as keys): query `i` of the strip sees its keys up to `i`.
     `first`: nothing was written to these rows before, so the result is stored; else it is merged into them.
+    `flipped`: the kernel gets both strips in reverse order, so that a causal square becomes its mirror image, in which
+    query `i` sees the keys from `i` on.
     """
 
     heads: Heads
@@ -45,6 +47,7 @@ class Call:
     keys: Rows
     is_causal: bool
     first: bool
+    flipped: bool = False
 
     @property
     def pairs(self) -> int:

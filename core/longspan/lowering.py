@@ -1,44 +1,50 @@
 """Pattern to dense calls over strided views: nothing is gathered, nothing is padded.
 
 A branch of a dilated pattern reads every `r`-th row of each segment, which is a strided view of the sequence, so each
-(branch, offset) is one batched dense call over all full segments, plus one for the ragged tail. Where queries do not
-start at the first key, a causal strip splits into a rectangle that sees everything and a causal square.
+(branch, offset) is one batched dense call over all full segments, plus one for the ragged tail. A sliding window is two
+batched calls, one of them upside down. Where queries do not start at the first key, a causal strip splits into a
+rectangle that sees everything and a causal square.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from attrs import frozen
 
 from longspan.errors import ArgumentError
-from longspan.layout import Call, Heads, Layout, Rows
-from longspan.patterns import Dense, Dilated
+from longspan.layout import Call, Heads, Layout
+from longspan.patterns import Dense, Dilated, SlidingWindow
 from longspan.spec import Problem
+from longspan.strips import Span, Strip, segment_strips, window_strips
 
 __all__ = ["lower"]
 
 
 @frozen
 class _Branch:
-    """One dilated branch for the heads that share an offset. Dense attention is the branch (N, 1, 0)."""
+    """What some heads compute: positions `s`, `s + r`, ... of each segment of `w`. Dense attention is (N, 1, 0)."""
 
     heads: Heads
-    segment: int
-    rate: int
-    offset: int
+    w: int
+    r: int
+    s: int
+
+    def strips(self, span: Span, is_causal: bool) -> Iterator[Strip]:
+        return segment_strips(span, self.w, self.r, self.s, is_causal) if self.heads.count else iter(())
 
 
 @frozen
-class _Span:
-    """One document: where it starts in query and key storage, and which positions of it are there."""
+class _Window:
+    """The sliding window that all heads compute."""
 
-    query_start: int  # index of position `first` in the query tensor
-    key_start: int  # index of position 0 in the key tensor
-    first: int  # position of the first query
-    queries: int
-    keys: int
+    heads: Heads
+    left: int
+    right: int
+
+    def strips(self, span: Span, is_causal: bool) -> Iterator[Strip]:
+        return window_strips(span, self.left, self.right, is_causal)
 
 
 def lower(problem: Problem) -> Layout:
@@ -55,21 +61,25 @@ def lower(problem: Problem) -> Layout:
     for group in _groups(problem):
         for number, branch in enumerate(group):
             for span in _spans(problem):
-                for queries, keys, is_causal, first in _strips(span, branch, problem.is_causal):
-                    store = first and number == 0
-                    covering += store * branch.heads.count * queries.count * queries.length
+                for strip in branch.strips(span, problem.is_causal):
+                    store = strip.first and number == 0
+                    covering += store * branch.heads.count * strip.queries.count * strip.queries.length
                     for heads, kv_heads in _head_pairs(branch.heads, problem):
-                        calls.append(Call(heads, kv_heads, queries, keys, is_causal, store))
+                        calls.append(
+                            Call(heads, kv_heads, strip.queries, strip.keys, strip.is_causal, store, strip.flipped)
+                        )
     return Layout(tuple(calls), covering == problem.heads * problem.q_len)
 
 
-def _groups(problem: Problem) -> list[list[_Branch]]:
+def _groups(problem: Problem) -> Sequence[Sequence[_Branch | _Window]]:
     """Branches by the heads that run them. The first of each group stores its rows, the others merge into them."""
     pattern, heads = problem.pattern, problem.heads
     if 0 in (problem.batch, heads, problem.q_len, problem.kv_len):
         return []
     if isinstance(pattern, Dense):
         return [[_Branch(Heads(0, heads), max(problem.kv_len, problem.query_offset + problem.q_len), 1, 0)]]
+    if isinstance(pattern, SlidingWindow):
+        return [[_Window(Heads(0, heads), pattern.left, pattern.right)]]
     if not isinstance(pattern, Dilated):
         raise ArgumentError("pattern", repr(pattern), "a pattern that the core can lower to dense calls")
     pairs = list(zip(pattern.segment_lengths, pattern.dilation_rates, strict=True))
@@ -104,59 +114,10 @@ def _offsets(w: int, r: int, heads: int, offset: str) -> Iterator[_Branch]:
         yield _Branch(Heads(s * block, min(block, heads - s * block)), w, r, s)
 
 
-def _spans(problem: Problem) -> list[_Span]:
+def _spans(problem: Problem) -> list[Span]:
     if problem.documents is None:
-        return [_Span(0, 0, problem.query_offset, problem.q_len, problem.kv_len)]
-    return [_Span(a, a, 0, b - a, b - a) for a, b in pairwise(problem.documents) if b > a]
-
-
-def _strips(span: _Span, branch: _Branch, is_causal: bool) -> Iterator[tuple[Rows, Rows, bool, bool]]:
-    """The dense strips of one branch over one document, as (queries, keys, is_causal, first)."""
-    if branch.heads.count == 0:
-        return
-    w, r, s = branch.segment, branch.rate, branch.offset
-    low, high = span.first, span.first + span.queries  # positions of the queries
-    whole = range(-(-low // w), max(min(high, span.keys) // w, -(-low // w)))  # segments with all queries, all keys
-    if whole and (rows := len(range(s, w, r))):
-        start = whole.start * w + s
-        yield (
-            Rows(span.query_start + start - low, rows, r, len(whole), w),
-            Rows(span.key_start + start, rows, r, len(whole), w),
-            is_causal and rows > 1,
-            True,
-        )
-    for number in range(low // w, -(-high // w)):
-        if number not in whole:
-            yield from _edge(span, branch, number * w, is_causal)
-
-
-def _edge(span: _Span, branch: _Branch, start: int, is_causal: bool) -> Iterator[tuple[Rows, Rows, bool, bool]]:
-    """One segment that lacks some of its queries or keys: its kept rows are numbered 0, 1, ... from `start`."""
-    w, r, s = branch.segment, branch.rate, branch.offset
-    end = start + w
-    skipped = len(range(start + s, min(max(span.first, start), end), r))  # kept rows before the first query
-    wanted = len(range(start + s, min(span.first + span.queries, end), r)) - skipped
-    known = len(range(start + s, min(span.keys, end), r))
-
-    def queries(first: int, count: int) -> Rows:
-        return Rows(span.query_start + start + s + (skipped + first) * r - span.first, count, r)
-
-    def keys(first: int, count: int) -> Rows:
-        return Rows(span.key_start + start + s + first * r, count, r)
-
-    if wanted <= 0 or known <= 0:
-        return
-    if not is_causal or wanted == 1:
-        yield queries(0, wanted), keys(0, min(known, skipped + 1) if is_causal else known), False, True
-        return
-    before = min(skipped, known)  # keys that every query sees
-    if before:
-        yield queries(0, wanted), keys(0, before), False, True
-    square = min(known - skipped, wanted)
-    if square > 0:
-        yield queries(0, square), keys(skipped, square), square > 1, not before
-        if square < wanted:  # queries beyond the last key see all of them
-            yield queries(square, wanted - square), keys(skipped, square), False, not before
+        return [Span(0, 0, problem.query_offset, problem.q_len, problem.kv_len)]
+    return [Span(a, a, 0, b - a, b - a) for a, b in pairwise(problem.documents) if b > a]
 
 
 def _head_pairs(heads: Heads, problem: Problem) -> Iterator[tuple[Heads, Heads]]:

@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from attrs import field, frozen
+from attrs import frozen
 
 from longspan.errors import ArgumentError
 
-__all__ = ["Dense", "Dilated", "Pattern", "parse_pattern"]
+__all__ = ["Dense", "Dilated", "Pattern", "SlidingWindow", "parse_pattern"]
 
 
 class Pattern:
     """Base of all patterns: frozen, hashable, printable values.
 
+    They write their own `__init__`, into `__dict__`: that is what torch.compile can trace, so that a pattern may be
+    built inside a compiled function.
+
     `kind` is the word that `Capabilities.patterns` uses; `spec` is the text that `parse_pattern` reads back;
     `positional` says that the result depends on where queries and keys stand, even without `is_causal`.
     """
 
-    __slots__ = ()
     kind: ClassVar[str] = ""
     positional: ClassVar[bool] = True
 
@@ -32,12 +34,15 @@ class Pattern:
         """Raise `ArgumentError` if the pattern cannot be applied to this number of query heads."""
 
 
-@frozen
+@frozen(slots=False, init=False)
 class Dense(Pattern):
     """Every query sees every key (with `is_causal`, every key up to its own position)."""
 
     kind: ClassVar[str] = "dense"
     positional: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        pass
 
 
 def _lengths(value: object, name: str) -> tuple[int, ...]:
@@ -51,15 +56,7 @@ def _lengths(value: object, name: str) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _segment_lengths(value: Any) -> tuple[int, ...]:
-    return _lengths(value, "segment_lengths")
-
-
-def _dilation_rates(value: Any) -> tuple[int, ...]:
-    return _lengths(value, "dilation_rates")
-
-
-@frozen
+@frozen(slots=False, init=False)
 class Dilated(Pattern):
     """LongNet's dilated attention (arXiv 2307.02486, sections 2.2 and 2.3).
 
@@ -80,25 +77,32 @@ class Dilated(Pattern):
     """
 
     kind: ClassVar[str] = "dilated"
-    segment_lengths: tuple[int, ...] = field(converter=_segment_lengths)
-    dilation_rates: tuple[int, ...] = field(converter=_dilation_rates)
-    heads: str = "all"
-    offset: str = "modulo"
+    segment_lengths: tuple[int, ...]
+    dilation_rates: tuple[int, ...]
+    heads: str
+    offset: str
 
-    def __attrs_post_init__(self) -> None:
-        if len(self.segment_lengths) != len(self.dilation_rates):
+    def __init__(
+        self,
+        segment_lengths: int | Sequence[int],
+        dilation_rates: int | Sequence[int],
+        heads: str = "all",
+        offset: str = "modulo",
+    ) -> None:
+        lengths = _lengths(segment_lengths, "segment_lengths")
+        rates = _lengths(dilation_rates, "dilation_rates")
+        if len(lengths) != len(rates):
             raise ArgumentError(
                 "dilation_rates",
-                f"{len(self.dilation_rates)} rates for {len(self.segment_lengths)} segment lengths",
+                f"{len(rates)} rates for {len(lengths)} segment lengths",
                 "one rate for each segment length",
                 "make both tuples equally long",
             )
-        for name, value, words in (
-            ("heads", self.heads, ("all", "grouped")),
-            ("offset", self.offset, ("modulo", "block")),
-        ):
-            if value not in words:
-                raise ArgumentError(name, repr(value), " or ".join(map(repr, words)))
+        if heads not in ("all", "grouped"):
+            raise ArgumentError("heads", repr(heads), "'all' or 'grouped'")
+        if offset not in ("modulo", "block"):
+            raise ArgumentError("offset", repr(offset), "'modulo' or 'block'")
+        self.__dict__.update(segment_lengths=lengths, dilation_rates=rates, heads=heads, offset=offset)
 
     @property
     def spec(self) -> str:
@@ -119,17 +123,53 @@ class Dilated(Pattern):
             )
 
 
+def _reach(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ArgumentError(name, repr(value), "a number of tokens of at least 0", "e.g. SlidingWindow(256, 0)")
+    return value
+
+
+@frozen(slots=False, init=False)
+class SlidingWindow(Pattern):
+    """Query `i` sees keys `i - left` to `i + right`, both ends included (with `is_causal`, none after `i`).
+
+    Args:
+        left: tokens before the query.
+        right: tokens after it.
+
+    Raises:
+        ArgumentError: a reach that is negative or no integer.
+    """
+
+    kind: ClassVar[str] = "window"
+    left: int
+    right: int
+
+    def __init__(self, left: int, right: int = 0) -> None:
+        self.__dict__.update(left=_reach("left", left), right=_reach("right", right))
+
+    @property
+    def spec(self) -> str:
+        """`window:left,right`."""
+        return f"window:{self.left},{self.right}"
+
+
 def parse_pattern(text: str) -> Pattern:
-    """Read a pattern from text: `dense`, `dilated:2048/1,4096/2`, `dilated:64/1,128/2:grouped:block`.
+    """Read a pattern from text: `dense`, `window:256,0`, `dilated:2048/1,4096/2`, `dilated:64/1,128/2:grouped:block`.
 
     Raises:
         ArgumentError: the text is none of these; the message shows one that is.
     """
     kind, _, rest = text.strip().partition(":")
-    want = "dense or dilated:WINDOW/RATE,... with optional :grouped and :block"
+    want = "dense, window:LEFT,RIGHT or dilated:LENGTH/RATE,... with optional :grouped and :block"
     fix = "e.g. dilated:2048/1,4096/2"
     if kind == "dense" and not rest:
         return Dense()
+    if kind == "window":
+        ends = rest.split(",")
+        if len(ends) > 2 or not all(end.strip().isdecimal() for end in ends):
+            raise ArgumentError("pattern", repr(text), want, "e.g. window:256,0")
+        return SlidingWindow(*map(int, ends))
     if kind != "dilated":
         raise ArgumentError("pattern", repr(text), want, fix)
     branches, *words = rest.split(":")

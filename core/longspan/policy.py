@@ -7,22 +7,33 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from attrs import evolve, frozen
 
 from longspan.errors import PolicyError
 
-__all__ = ["Policy", "current", "flag", "fingerprint", "names", "use"]
+__all__ = ["Policy", "current", "fingerprint", "flag", "in_force", "names", "policy_text", "use"]
 
 
 @frozen
 class Policy:
-    """A wish: one backend by name, an order of preference, a list never to use; and who said so."""
+    """A wish: one backend by name, an order of preference, a list never to use; and who said so.
+
+    `settled`: all sources were read before, and none is to be read again.
+    """
 
     backend: str | None = None
     backend_from: str = "auto"
     prefer: tuple[str, ...] = ()
     prefer_from: str = "auto"
     block: tuple[str, ...] = ()
+    settled: bool = False
+
+    @property
+    def text(self) -> str:
+        """All fields as text; `in_force` reads it back."""
+        lists = ",".join(self.prefer), ",".join(self.block)
+        return "|".join((self.backend or "", self.backend_from, lists[0], self.prefer_from, lists[1]))
 
 
 _context: ContextVar[Policy] = ContextVar("longspan_policy", default=Policy())  # noqa: B039 - frozen
@@ -82,6 +93,8 @@ def current(backend: str | None = None, environ: Mapping[str, str] | None = None
         PolicyError: an environment variable that cannot be read.
     """
     policy = _context.get()
+    if policy.settled:
+        return policy if backend is None else evolve(policy, backend=_name(backend), backend_from="argument")
     block = (*policy.block, *names("LONGSPAN_BLOCK", environ))
     policy = evolve(policy, block=tuple(dict.fromkeys(block)))
     if not policy.prefer and (prefer := names("LONGSPAN_PREFER", environ)):
@@ -95,6 +108,28 @@ def current(backend: str | None = None, environ: Mapping[str, str] | None = None
             )
         policy = evolve(policy, backend=wanted[0], backend_from="environment")
     return policy
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def policy_text(backend: str | None = None) -> str:
+    """The policy in force as text, for a graph to hold; a tracer takes it as a constant. `in_force` reads it back.
+
+    Raises:
+        PolicyError: an environment variable that cannot be read.
+    """
+    return current(backend).text
+
+
+@contextmanager
+def in_force(text: str) -> Iterator[None]:
+    """Set the policy that `policy_text` gave, in place of any other."""
+    backend, backend_from, prefer, prefer_from, block = text.split("|")
+    lists = (tuple(filter(None, prefer.split(","))), tuple(filter(None, block.split(","))))
+    token = _context.set(Policy(backend or None, backend_from, lists[0], prefer_from, lists[1], settled=True))
+    try:
+        yield
+    finally:
+        _context.reset(token)
 
 
 def names(variable: str, environ: Mapping[str, str] | None = None) -> tuple[str, ...]:

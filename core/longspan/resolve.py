@@ -112,7 +112,7 @@ def _numbers(problem: Problem, can: Capabilities) -> list[Reason]:
 def _arguments(problem: Problem, can: Capabilities) -> list[Reason]:
     found = []
     kind = problem.pattern.kind
-    if kind not in can.patterns and "dense" not in can.patterns:
+    if not can.runs(kind) and "dense" not in can.patterns:
         found.append(Reason("pattern", "pattern", kind, " or ".join(can.patterns), "choose another backend"))
     if problem.is_causal and not can.causal:
         found.append(Reason("causal", "is_causal", "True", "False", "choose another backend"))
@@ -152,13 +152,13 @@ def _rank(candidate: Candidate, problem: Problem, policy: Policy) -> tuple[int, 
     assert can is not None  # loaded
     prefer = policy.prefer
     place = prefer.index(candidate.name) if candidate.name in prefer else len(prefer)
-    return place, problem.pattern.kind not in can.patterns, -can.tier, candidate.name
+    return place, not can.runs(problem.pattern.kind), -can.tier, candidate.name
 
 
 def _why(chosen: Candidate, problem: Problem, fitting: int) -> str:
     can = chosen.info.capabilities
     assert can is not None  # loaded
-    how = "natively" if problem.pattern.kind in can.patterns else "lowered to dense calls"
+    how = "natively" if can.runs(problem.pattern.kind) else "lowered to dense calls"
     among = "the only backend that fits" if fitting == 1 else f"the first of {fitting} that fit"
     return f"{chosen.name} is {among}; {problem.pattern.kind} runs {how} on {problem.device.name}"
 

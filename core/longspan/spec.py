@@ -261,6 +261,9 @@ def _check_problem(problem: Problem) -> None:
         raise ArgumentError("dropout_p", problem.dropout_p, "a probability of at least 0 and below 1")
     if problem.query_offset < 0:
         raise ArgumentError("query_offset", problem.query_offset, "a position of at least 0")
+    if problem.query_offset and problem.documents is not None:
+        want = "0 or None with cu_seqlens: positions count from each document's start"
+        raise ArgumentError("query_offset", problem.query_offset, want, "leave it out")
     problem.pattern.check(problem.heads)
 
 
@@ -310,6 +313,10 @@ class Capabilities:
     tier: int = 0
     api: int = 1
 
+    def runs(self, kind: str) -> bool:
+        """Whether the kernel takes this kind of pattern natively."""
+        return kind in self.patterns or (kind == "window" and self.window)
+
     def __attrs_post_init__(self) -> None:
         unknown = sorted(set(self.dtypes) - set(DTYPES))
         if unknown:
@@ -343,6 +350,10 @@ class Kernel:
     natural log, float32 (float64 for float64 inputs); a row without keys has out 0 and lse -inf.
     `backward(dout, query, key, value, out, lse)` returns `(dquery, dkey, dvalue)`, where `out` and `lse` may be those
     of a softmax over more keys than `key` holds. None: the core's blockwise backward serves.
+
+    Tensors come with a last dimension without gaps and any other strides. For a problem with `dropout_p` (only where
+    `Capabilities.dropout` says so) both take `dropout=`, a `longspan.Dropout`. Where `is_causal`, a NaN or inf in a
+    value must not reach rows that may not see it: `longspan.blockwise.taint` helps.
     """
 
     forward: Forward

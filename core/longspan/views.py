@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from itertools import product
 
+import torch
 from attrs import frozen
 from torch import Tensor
 
@@ -31,7 +32,7 @@ class Block:
 
     query_shape: tuple[int, int, int, int]
     key_shape: tuple[int, int, int, int]
-    outer: tuple[tuple[int, int], ...]
+    outer: tuple[tuple[int, ...], ...]
     rows: tuple[int, ...]
     starts: tuple[int, ...]
     shared: int | None
@@ -53,6 +54,15 @@ class Block:
         """The view of an LSE-like tensor `(batch, heads, seq)`."""
         stride = (*self.outer[slot], self.rows[slot])
         return tensor.as_strided(self.query_shape[:3], stride, tensor.storage_offset() + self.starts[slot])
+
+    def coordinates(self, slot: int, device: torch.device, of_keys: bool = False) -> Tensor:
+        """The value at each place of a tensor that would hold its own storage offsets: `(size, size, rows)`, int64."""
+        sizes = (self.key_shape if of_keys else self.query_shape)[:3]
+        found = torch.full((1, 1, 1), self.starts[slot], dtype=torch.int64, device=device)
+        for place, step in enumerate((*self.outer[slot], self.rows[slot])):
+            line = torch.arange(sizes[place], device=device) * step
+            found = found + line.view([-1 if place == other else 1 for other in range(3)])
+        return found
 
 
 @lru_cache(maxsize=4096)
@@ -119,7 +129,7 @@ def blocks(
     return tuple(found)
 
 
-def _shared(sizes: tuple[int, int], pairs: tuple[tuple[int, int], ...]) -> int | None:
+def _shared(sizes: tuple[int, int], pairs: tuple[tuple[int, ...], ...]) -> int | None:
     """The dimension along which every key-like tensor repeats itself."""
     for place in (0, 1):
         if sizes[place] > 1 and all(pair[place] == 0 for pair in pairs):

@@ -17,6 +17,7 @@ def longspan_capabilities() -> Capabilities:
         patterns=("dense",),
         causal=True,
         gqa=True,
+        dropout=True,
         backward=True,
         deterministic=True,
         opt_in=True,

@@ -6,6 +6,7 @@ blockwise arithmetic. Called by name, so that what runs is what was chosen.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -26,17 +27,20 @@ def longspan_capabilities() -> Capabilities:
         dtypes=("float16", "bfloat16", "float32", "float64"),
         patterns=("dense",),
         causal=True,
+        gqa=True,
+        dropout=True,
         backward=True,
+        deterministic=True,
     )
 
 
 @hookimpl
 def longspan_kernel(problem: Problem) -> Kernel:
-    """The operator that takes this problem."""
+    """The operator that takes this problem; dropout by position is beyond all of them."""
     given: dict[str, Any] = {"is_causal": problem.is_causal, "scale": problem.scale}
-    if problem.device.type == "cpu":
+    if problem.device.type == "cpu" and not problem.dropout_p:
         return Kernel(partial(_cpu_forward, **given), partial(_cpu_backward, **given))
-    if problem.device.type in ("cuda", "rocm"):
+    if problem.device.type in ("cuda", "rocm") and not problem.dropout_p:
         if _takes_flash(problem):
             return Kernel(partial(_flash_forward, **given), partial(_flash_backward, **given))
         if problem.dtype != "float64" and problem.head_dim % 8 == 0:
@@ -56,6 +60,9 @@ _cpu_flash_backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.
 
 
 def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    if is_causal and not _finite(value):  # the operator multiplies masked weights: 0 times NaN is NaN
+        out, lse = _cpu_flash(query, key, torch.where(value.isfinite(), value, 0.0), 0.0, True, scale=scale)
+        return out + blockwise.taint(value).repeat_interleave(query.shape[1] // key.shape[1], 1), lse
     result: tuple[Tensor, Tensor] = _cpu_flash(query, key, value, 0.0, is_causal, scale=scale)
     return result
 
@@ -63,8 +70,15 @@ def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, 
 def _cpu_backward(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *, is_causal: bool, scale: float
 ) -> Gradients:
+    if is_causal and not (_finite(value) and _finite(key)):
+        return blockwise.backward(dout, query, key, value, out, lse, is_causal=True, scale=scale)
     result: Gradients = _cpu_flash_backward(dout, query, key, value, out, lse, 0.0, is_causal, scale=scale)
     return result
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all values are finite: mostly by their sum alone, which reads the tensor once and writes nothing."""
+    return math.isfinite(tensor.sum(dtype=torch.float32)) or bool(tensor.isfinite().all())
 
 
 # ------------------------------------------------------------------------------------------------------------ cuda
@@ -104,6 +118,7 @@ def _flash_backward(
 def _efficient_forward(
     query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
+    key, value = _repeated(query, key), _repeated(query, value)
     result = aten._scaled_dot_product_efficient_attention(query, key, value, None, True, 0.0, is_causal, scale=scale)
     return result[0], result[1][..., : query.shape[2]]  # the operator pads its rows to a multiple of 32
 
@@ -115,6 +130,8 @@ def _efficient_backward(
     padded = lse.new_full((*lse.shape[:2], -(-rows // 32) * 32), torch.inf)
     padded[..., :rows] = lse
     state = torch.zeros((), dtype=torch.int64)  # of the dropout generator; unread without dropout
+    kv_heads = key.shape[1]
+    key, value = _repeated(query, key), _repeated(query, value)
     dquery, dkey, dvalue, _ = aten._scaled_dot_product_efficient_attention_backward(
         dout,
         query,
@@ -130,4 +147,11 @@ def _efficient_backward(
         is_causal,
         scale=scale,
     )
-    return dquery, dkey, dvalue
+    return dquery, *(x if x.shape[1] == kv_heads else x.unflatten(1, (kv_heads, -1)).sum(2) for x in (dkey, dvalue))
+
+
+def _repeated(query: Tensor, tensor: Tensor) -> Tensor:
+    """Key heads as many as query heads, as the memory-efficient operator wants them."""
+    return (
+        tensor if tensor.shape[1] == query.shape[1] else tensor.repeat_interleave(query.shape[1] // tensor.shape[1], 1)
+    )

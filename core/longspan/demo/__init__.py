@@ -1,0 +1,9 @@
+"""The main job, shown on a real text: causal dilated attention by every backend that fits, checked and timed.
+
+`run` does the work and returns a `Report` of plain values; `longspan demo` prints it.
+"""
+
+from longspan.demo.report import Baseline, Report, Row
+from longspan.demo.run import DEFAULT_TOKENS, PATTERN, OnStep, run
+
+__all__ = ["DEFAULT_TOKENS", "PATTERN", "Baseline", "OnStep", "Report", "Row", "run"]

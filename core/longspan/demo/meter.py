@@ -1,0 +1,105 @@
+"""Milliseconds and memory of a call, measured or not stated: nothing here estimates."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+import torch
+
+__all__ = ["PeakMemory", "measure", "timed"]
+
+T = TypeVar("T")
+
+CHEAP_MS = 2_000.0
+"""A call is repeated, for a median, while all its repetitions stay within this."""
+
+
+def timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """The call's result and its wall-clock milliseconds, to the end of what it started on the device."""
+    _synchronize(device)
+    start = time.perf_counter()
+    result = call()
+    _synchronize(device)
+    return result, 1e3 * (time.perf_counter() - start)
+
+
+def measure(call: Callable[[], object], device: torch.device, first: float | None = None) -> tuple[float, int]:
+    """The median milliseconds of up to three calls, as many as are cheap, and their number.
+
+    `first`: milliseconds of a run that was measured already, which counts as one.
+    """
+    times = [first if first is not None else timed(call, device)[1]]
+    while len(times) < 3 and times[0] * len(times) < CHEAP_MS:
+        times.append(timed(call, device)[1])
+    return statistics.median(times), len(times)
+
+
+class PeakMemory:
+    """The most memory held during a `with` block beyond what was held before it: `mib`, None where unknown.
+
+    On CUDA it is what torch's allocator handed out; on a CPU it is the process's resident memory, from the kernel's own
+    high-water mark (Linux), which misses no peak however short. Elsewhere it stays None.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before: int | None = None
+        self.mib: float | None = None
+
+    def __enter__(self) -> Self:
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before = torch.cuda.memory_allocated(self._device)
+        elif self._device.type == "cpu":
+            _return_freed_memory()
+            self._before = _reset_high_water()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        peak: int | None = None
+        if self._device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self._device)
+        elif self._device.type == "cpu":
+            peak = _high_water()
+        if self._before is not None and peak is not None:
+            self.mib = max(0, peak - self._before) / 2**20
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _return_freed_memory() -> None:
+    """Give freed heap back to the system: reused in silence, it would hide what the next call takes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim is not None:
+        trim(0)
+
+
+def _reset_high_water() -> int | None:
+    """Lower the high-water mark to what is resident now, and return it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return None
+    return _high_water()
+
+
+def _high_water() -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+    sizes = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
+    return int(sizes[0]) * 1024 if sizes else None

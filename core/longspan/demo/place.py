@@ -1,0 +1,82 @@
+"""Where the demonstration runs and in what dtype, read from text and checked against this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from longspan.errors import ArgumentError
+from longspan.spec import DTYPES, Device
+
+__all__ = ["check_room", "choose_device", "choose_dtype", "describe"]
+
+
+def choose_device(text: str) -> torch.device:
+    """`auto` (CUDA where there is one, else the CPU), or a device of this machine such as `cpu` or `cuda:1`.
+
+    Raises:
+        ArgumentError: the text names no device, or none that this machine has.
+    """
+    here = _here()
+    if text == "auto":
+        return torch.device("cuda" if "cuda" in here else "cpu")
+    device = Device.parse(text)
+    kind = "cuda" if device.type == "rocm" else device.type  # torch calls both cuda
+    if device.arch or (device.index or 0) >= here.get(kind, 0):
+        listed = " or ".join(here)
+        fix = f"leave --device out, or ask `longspan explain --device {device.name}`, which needs no such device"
+        raise ArgumentError("--device", repr(text), f"auto, or a device of this machine: {listed}", fix)
+    return torch.device(kind) if device.index is None else torch.device(kind, device.index)
+
+
+def _here() -> dict[str, int]:
+    """The kinds of device that this machine has, and how many of each."""
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0}
+    counts["mps"] = int(torch.backends.mps.is_available())
+    counts["xpu"] = torch.xpu.device_count() if torch.xpu.is_available() else 0
+    return {kind: count for kind, count in counts.items() if count}
+
+
+def choose_dtype(text: str) -> torch.dtype:
+    """`float16`, `bfloat16`, `float32` or `float64`.
+
+    Raises:
+        ArgumentError: the text is none of these.
+    """
+    name = text.strip().lower().removeprefix("torch.")
+    if name not in DTYPES:
+        raise ArgumentError("--dtype", repr(text), " or ".join(DTYPES), "e.g. --dtype float32")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def check_room(tokens: int, width: int, dtype: torch.dtype) -> None:
+    """Refuse more tokens than memory holds, where the system says how much is free (Linux): it would kill the process.
+
+    Counted are query, key and value, the result, the sums that become it in float32 or wider, and the tokens.
+
+    Raises:
+        ArgumentError: too many tokens; the message says how many would fit.
+    """
+    free = _free_bytes()
+    line = width * (4 * dtype.itemsize + max(4, dtype.itemsize)) + 1024
+    if free is not None and tokens * line > free:
+        got = f"{tokens:,} tokens, which need {tokens * line / 2**30:,.1f} GiB with {free / 2**30:,.1f} GiB free"
+        raise ArgumentError("--tokens", got, f"at most {free // line:,} tokens", "ask for fewer, e.g. --tokens 131072")
+
+
+def _free_bytes() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    sizes = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(sizes[0]) * 1024 if sizes else None
+
+
+def describe(device: torch.device) -> str:
+    """The device in words: a GPU with its name, the CPU with torch's threads."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)

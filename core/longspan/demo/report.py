@@ -1,0 +1,116 @@
+"""What the demonstration found, as plain values."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from attrs import asdict, frozen
+
+from longspan.spec import Reason, Resolution
+
+__all__ = ["Baseline", "Report", "Row"]
+
+
+@frozen(kw_only=True)
+class Baseline:
+    """Causal dense attention by torch on the first `tokens` tokens (`whole`: all of them): median of `runs`."""
+
+    tokens: int
+    whole: bool
+    ms: float
+    runs: int
+
+
+@frozen(kw_only=True)
+class Row:
+    """One backend. None stands for what was not measured.
+
+    `state` is `ran`, `refused` (for its `reasons`) or `failed` (`failure` says how: it raised, or its error is above
+    the tolerance). `reasons` of a backend that ran say why auto does not take it. `ms` is the median of `runs` over
+    all tokens; `peak_mib` is memory beyond the inputs, the result included; `error` is the largest relative error of a
+    sampled row; `prefix_ms` is on the baseline's tokens, and `speedup` the baseline's time over it.
+    """
+
+    name: str
+    state: str
+    chosen: bool = False
+    reasons: tuple[Reason, ...] = ()
+    failure: str = ""
+    ms: float | None = None
+    runs: int = 0
+    tokens_per_s: float | None = None
+    peak_mib: float | None = None
+    error: float | None = None
+    prefix_ms: float | None = None
+    speedup: float | None = None
+
+
+@frozen(kw_only=True)
+class Report:
+    """The whole run: what was computed on what, the dense baseline, a row a backend, and who auto would have taken.
+
+    `tolerance` is the largest relative error that passes: twice `naive_error`, which naive torch in the same dtype makes
+    on the same rows, and two roundings of the log-sum-exp.
+    """
+
+    text: str
+    tokens: int
+    tokens_wanted: int
+    seed: int
+    device: str
+    torch: str
+    resolution: Resolution
+    rows_checked: int
+    naive_error: float
+    tolerance: float
+    baseline: Baseline
+    rows: tuple[Row, ...]
+    seconds: float
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """Everything that went wrong, one line each."""
+        lines = [f"{row.name}: {row.failure}" for row in self.rows if row.state == "failed"]
+        if self.resolution.chosen is None:
+            lines.append(f"no backend was chosen: {self.resolution.why}")
+        return tuple(lines)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the reader should know before reading the numbers."""
+        if self.tokens == self.tokens_wanted:
+            return ()
+        short = f"the text has {self.tokens:,} bytes, fewer than the {self.tokens_wanted:,} tokens asked for"
+        return (f"{short}: all of them are used",)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, in which what is not finite is null (the failure's text names it)."""
+        problem = self.resolution.problem
+        return {
+            "ok": not self.failures,
+            "failures": list(self.failures),
+            "notes": list(self.notes),
+            "text": self.text,
+            "tokens": self.tokens,
+            "tokens_wanted": self.tokens_wanted,
+            "heads": problem.heads,
+            "head_dim": problem.head_dim,
+            "pattern": problem.pattern.spec,
+            "is_causal": problem.is_causal,
+            "dtype": problem.dtype,
+            "device": self.device,
+            "torch": self.torch,
+            "seed": self.seed,
+            "rows_checked": self.rows_checked,
+            "naive_error": _finite(self.naive_error),
+            "tolerance": _finite(self.tolerance),
+            "dense": asdict(self.baseline),
+            "backends": [{key: _finite(value) for key, value in asdict(row).items()} for row in self.rows],
+            "resolution": self.resolution.to_dict(),
+            "seconds": self.seconds,
+        }
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,120 @@
+"""The demonstration's one procedure: read, embed, ask the oracle, and run every backend that fits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from longspan.demo.baseline import measure_dense
+from longspan.demo.embedding import embed
+from longspan.demo.judge import Judge, sample_rows
+from longspan.demo.place import check_room, choose_device, choose_dtype, describe
+from longspan.demo.report import Report
+from longspan.demo.text import read_text
+from longspan.demo.trial import Trial
+from longspan.discovery import registry
+from longspan.explain import explain
+from longspan.patterns import Dilated
+from longspan.resolve import demand
+from longspan.spec import Device, Problem
+
+__all__ = ["DEFAULT_TOKENS", "HEADS", "HEAD_DIM", "PATTERN", "OnStep", "run"]
+
+DEFAULT_TOKENS = 131_072
+HEADS = 8
+HEAD_DIM = 64
+PATTERN = Dilated((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12))
+"""LongNet's branches (arXiv 2307.02486, section 4.1)."""
+
+OnStep = Callable[[str, int, int], None]
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """No progress is shown."""
+
+
+def run(
+    text: Path | None = None,
+    *,
+    tokens: int = DEFAULT_TOKENS,
+    backend: str | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    seed: int = 0,
+    on_step: OnStep = _silent,
+) -> Report:
+    """Causal dilated attention over a text's bytes, by every backend that fits or by the one named.
+
+    Args:
+        text: the file to read; None: the Python standard library's own sources.
+        tokens: how many of its bytes; all where it has fewer.
+        backend: only this one.
+        device: `auto`, or a device of this machine.
+        dtype: of query, key and value.
+        seed: of the projections and of the rows that are checked.
+        on_step: called when a step begins, with its description, the number of steps done and their total.
+
+    Returns:
+        What was measured. A backend that raises or is wrong is a failed row; the others still run.
+
+    Raises:
+        ArgumentError: a file, number, device or dtype that cannot serve.
+        UnknownBackend: a name nobody registered.
+        BackendUnavailable: the named backend does not fit, or none does.
+    """
+    start = time.perf_counter()
+    where, kind = choose_device(device), choose_dtype(dtype)
+    source = read_text(text, tokens)
+    check_room(len(source), HEADS * HEAD_DIM, kind)
+    problem = Problem(
+        batch=1,
+        heads=HEADS,
+        q_len=len(source),
+        head_dim=HEAD_DIM,
+        dtype=str(kind),
+        device=Device.of(where),
+        pattern=PATTERN,
+        is_causal=True,
+    )
+    resolution = explain(problem, backend=backend)
+    verdicts = resolution.candidates if backend is None else (resolution[demand(resolution)],)
+    fitting = [verdict.name for verdict in verdicts if verdict.ok]
+    if not fitting:
+        demand(resolution)  # raises, with every reason
+
+    steps = ["embedding the text", "float64 oracle on sampled rows", "dense SDPA", *fitting]
+    exact = {row.name: row.capabilities is None or row.capabilities.exact for row in registry.backends()}
+
+    def begin(step: str) -> None:
+        on_step(step, steps.index(step), len(steps))
+
+    with torch.no_grad():
+        begin(steps[0])
+        tensors = embed(source.tokens, heads=HEADS, head_dim=HEAD_DIM, seed=seed, dtype=kind, device=where)
+        begin(steps[1])
+        judge = Judge(*tensors, PATTERN, sample_rows(len(source), PATTERN, seed))
+        begin(steps[2])
+        trial = Trial(problem, tensors, judge, measure_dense(*tensors))
+        rows = []
+        for verdict in verdicts:
+            if verdict.ok:
+                begin(verdict.name)
+            rows.append(trial.row(verdict, chosen=verdict.name == resolution.chosen, exact=exact[verdict.name]))
+    return Report(
+        text=source.source,
+        tokens=len(source),
+        tokens_wanted=tokens,
+        seed=seed,
+        device=describe(where),
+        torch=torch.__version__,
+        resolution=resolution,
+        rows_checked=len(judge.rows),
+        naive_error=judge.naive_error,
+        tolerance=judge.tolerance,
+        baseline=trial.baseline,
+        rows=tuple(rows),
+        seconds=round(time.perf_counter() - start, 3),
+    )

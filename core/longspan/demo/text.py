@@ -1,0 +1,90 @@
+"""The text that the demonstration reads: its bytes are the tokens."""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from attrs import field, frozen
+from torch import Tensor
+
+from longspan.errors import ArgumentError
+
+__all__ = ["Text", "read_text"]
+
+ANOTHER = "name a text file, or leave TEXT out to read the Python standard library's own sources"
+
+
+@frozen
+class Text:
+    """Bytes of a text as tokens: `tokens` is `(n,)`, uint8; `source` says where they come from."""
+
+    source: str
+    tokens: Tensor = field(repr=False, eq=False)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def read_text(path: Path | None, count: int) -> Text:
+    """The first `count` bytes of a file, or of the standard library's sources where `path` is None; fewer if it ends.
+
+    Raises:
+        ArgumentError: no tokens asked for, or the file is missing, a directory, unreadable or empty.
+    """
+    if count < 1:
+        raise ArgumentError("--tokens", str(count), "a number of at least 1", "e.g. --tokens 131072, or leave it out")
+    if path is None:
+        return _standard_library(count)
+    found = _read(path, count)
+    if not found:
+        raise ArgumentError("TEXT", f"{str(path)!r}, an empty file", "a file with at least one byte", ANOTHER)
+    return Text(str(path), _tensor(found))
+
+
+def _read(path: Path, count: int) -> bytes:
+    want = "a text file that can be read"
+    try:
+        with path.open("rb") as file:
+            return file.read(count)
+    except FileNotFoundError:
+        raise ArgumentError("TEXT", f"{str(path)!r}, which does not exist", want, ANOTHER) from None
+    except IsADirectoryError:
+        raise ArgumentError("TEXT", f"{str(path)!r}, a directory", want, ANOTHER) from None
+    except PermissionError:
+        got = f"{str(path)!r}, which may not be read"
+        raise ArgumentError("TEXT", got, want, f"give yourself the right to read it, or {ANOTHER}") from None
+    except (OSError, ValueError) as error:  # too long a name, a broken disk, a null byte in the name
+        raise ArgumentError("TEXT", f"{str(path)!r} ({error})", want, ANOTHER) from None
+
+
+def _standard_library(count: int) -> Text:
+    """The library's `.py` files one after the other, by name, so that the same Python gives the same tokens."""
+    root = Path(sysconfig.get_path("stdlib"))
+    found, first, last = bytearray(), "", ""
+    for path in _sources(root):
+        try:
+            found += path.read_bytes()[: count - len(found)]
+        except OSError:  # one file that cannot be read does not spoil the others
+            continue
+        first, last = first or path.name, path.relative_to(root).as_posix()
+        if len(found) >= count:
+            break
+    if not found:
+        got = f"nothing, and no readable .py file is in the standard library's folder {str(root)!r}"
+        raise ArgumentError("TEXT", got, "a text file", "name a text file")
+    version = sysconfig.get_python_version()
+    return Text(f"the Python {version} standard library's sources, {first} to {last}", _tensor(bytes(found)))
+
+
+def _sources(root: Path) -> Iterator[Path]:
+    installed = {"site-packages", "dist-packages"}  # not the library's own
+    for path in sorted(root.rglob("*.py")):
+        if not installed.intersection(path.relative_to(root).parts):
+            yield path
+
+
+def _tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)

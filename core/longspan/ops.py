@@ -1,0 +1,275 @@
+"""The operators that stand for attention in a traced graph: torch.compile, torch.export, functorch.
+
+Eager calls never enter them. An operator's arguments are values that a graph can hold: the pattern and the policy as
+text, the rest as numbers and tensors. The policy is read when the graph is traced, and the plan is made, or found, when
+the operator first meets real tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch._C._functorch import maybe_current_level  # noqa: PLC2701 - torch has no public way to ask
+from torch.autograd import Function
+
+from longspan.errors import ArgumentError
+from longspan.patterns import Pattern, parse_pattern
+from longspan.policy import in_force
+
+__all__ = ["attend_in_graph", "find_plans_by", "in_graph"]
+
+
+class Found(Protocol):
+    """What an operator needs of a plan."""
+
+    def run(self, query: Tensor, key: Tensor, value: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
+        """`(out, lse)`."""
+
+    def backward(
+        self,
+        dout: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        dlse: Tensor | None = None,
+        seed: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`(dquery, dkey, dvalue)`."""
+
+
+_find: Callable[..., Found] | None = None
+
+
+def find_plans_by(find: Callable[..., Found]) -> None:
+    """Say how a plan is found: the planner stands above this module, and plans enter graphs too."""
+    global _find
+    _find = find
+
+
+def _plan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor | None,
+    pattern: str,
+    is_causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    enable_gqa: bool,
+    query_offset: int | None,
+    policy: str,
+) -> Found:
+    assert _find is not None, "longspan.planner sets it on import"
+    pattern_value = parse_pattern(pattern)
+    given = (pattern_value, is_causal, scale, dropout_p, enable_gqa, cu_seqlens, query_offset, None)
+    with in_force(policy):
+        return _find(query, key, value, *given)
+
+
+@torch.library.custom_op("longspan::attention", mutates_args=())
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    pattern: str,
+    is_causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    enable_gqa: bool,
+    query_offset: int | None,
+    policy: str,
+) -> tuple[Tensor, Tensor]:
+    made = _plan(query, key, value, cu_seqlens, pattern, is_causal, scale, dropout_p, enable_gqa, query_offset, policy)
+    with torch.no_grad():
+        out, lse = made.run(query, key, value, None if seed is None else int(seed))
+    return out.contiguous(), lse.contiguous()
+
+
+@_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _empty(query), query.new_empty(query.shape[:3], dtype=_wide(query))
+
+
+@torch.library.custom_op("longspan::attention_backward", mutates_args=())
+def _attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    pattern: str,
+    is_causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    enable_gqa: bool,
+    query_offset: int | None,
+    policy: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    made = _plan(query, key, value, cu_seqlens, pattern, is_causal, scale, dropout_p, enable_gqa, query_offset, policy)
+    with torch.no_grad():
+        dq, dk, dv = made.backward(dout, query, key, value, out, lse, dlse=dlse, seed=0 if seed is None else int(seed))
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@_attention_backward.register_fake
+def _(dout: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Any:
+    return _empty(query), _empty(key), _empty(value)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, cu_seqlens, seed, *ctx.rest = inputs
+    ctx.save_for_backward(query, key, value, *output, cu_seqlens, seed)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ctx: Any, dout: Tensor | None, dlse: Tensor | None, gradients: Any = _attention_backward
+) -> tuple[Any, ...]:
+    query, key, value, out, lse, cu_seqlens, seed = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(out)
+    grads = gradients(dout, dlse, query, key, value, out, lse, cu_seqlens, seed, *ctx.rest)
+    return (*grads, *(None for _ in range(2 + len(ctx.rest))))
+
+
+_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _no_second_derivative(ctx: Any, *_: Any) -> Any:
+    raise ArgumentError(
+        "longspan.attention", "a gradient of its gradient", "at most one derivative", "take create_graph=False"
+    )
+
+
+_attention_backward.register_autograd(_no_second_derivative)
+
+
+class _Transformable(Function):
+    """The operators again, for functorch: `torch.func.grad` does not see the autograd of a custom operator."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        return _attention(*inputs)
+
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
+        return _backward(ctx, dout, dlse, _TransformableBackward.apply)
+
+
+class _TransformableBackward(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        return _attention_backward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    backward = staticmethod(_no_second_derivative)
+
+
+# vmap: the mapped dimension becomes part of the batch.
+
+
+@_attention.register_vmap
+def _(info: Any, in_dims: Any, query: Tensor, key: Tensor, value: Tensor, cu: Any, seed: Any, *rest: Any) -> Any:
+    _refuse_mapped(in_dims[3:5])
+    tensors = _fold(info, in_dims[:3], (query, key, value))
+    out, lse = _attention(*tensors, cu, seed, *rest)
+    return tuple(x.unflatten(0, (info.batch_size, -1)) for x in (out, lse)), (0, 0)
+
+
+@_attention_backward.register_vmap
+def _(info: Any, in_dims: Any, *given: Any) -> Any:
+    _refuse_mapped(in_dims[7:9])
+    grads = _attention_backward(*_fold(info, in_dims[:7], given[:7]), *given[7:])
+    return tuple(x.unflatten(0, (info.batch_size, -1)) for x in grads), (0, 0, 0)
+
+
+def _fold(info: Any, dims: tuple[int | None, ...], tensors: tuple[Tensor | None, ...]) -> list[Any]:
+    found: list[Tensor | None] = []
+    for tensor, dim in zip(tensors, dims, strict=True):
+        if tensor is None:
+            found.append(None)
+        elif dim is None:
+            found.append(tensor.expand(info.batch_size, *tensor.shape).flatten(0, 1))
+        else:
+            found.append(tensor.movedim(dim, 0).flatten(0, 1))
+    return found
+
+
+def _refuse_mapped(dims: tuple[int | None, ...]) -> None:
+    if any(dim is not None for dim in dims):
+        raise ArgumentError(
+            "cu_seqlens", "a mapped dimension under vmap", "the same boundaries for all", "loop instead"
+        )
+
+
+def in_graph() -> bool:
+    """Whether torch.compile, torch.export or functorch is looking on."""
+    return torch.compiler.is_compiling() or maybe_current_level() is not None
+
+
+def attend_in_graph(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    is_causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    enable_gqa: bool,
+    cu_seqlens: Tensor | tuple[int, ...] | None,
+    query_offset: int | None,
+    policy: str,
+    seed: int | None,
+) -> tuple[Tensor, Tensor]:
+    """`(out, lse)` by the operator that a graph holds."""
+    boundaries = cu_seqlens
+    if boundaries is not None and not isinstance(boundaries, Tensor):
+        boundaries = torch.tensor(boundaries, dtype=torch.int64, device=query.device)
+    drawn = None
+    if dropout_p:
+        drawn = torch.randint(-(2**63), 2**63 - 1, ()) if seed is None else torch.tensor(seed)
+    attend: Any = _attention if maybe_current_level() is None else _Transformable.apply
+    result: tuple[Tensor, Tensor] = attend(
+        query,
+        key,
+        value,
+        boundaries,
+        drawn,
+        pattern.spec,
+        is_causal,
+        scale,
+        dropout_p,
+        enable_gqa,
+        query_offset,
+        policy,
+    )
+    return result
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

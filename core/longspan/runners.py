@@ -1,0 +1,171 @@
+"""What a plan runs: one kernel for the whole problem, or the kernels of the dense calls that it was lowered to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from longspan.autograd import Runner
+from longspan.buffers import Workspace
+from longspan.discovery import registry
+from longspan.dropout import Draw
+from longspan.errors import PluginError
+from longspan.execution import Step, run_backward, run_forward
+from longspan.layout import Call, Layout
+from longspan.lowering import lower
+from longspan.patterns import Dense
+from longspan.spec import Capabilities, Kernel, Problem
+
+__all__ = ["DirectRunner", "LoweredRunner", "make_runner"]
+
+
+def make_runner(problem: Problem, backend: str) -> DirectRunner | LoweredRunner:
+    """Make the kernels of a backend for a problem: the only place where the hooks of a lane are called.
+
+    Raises:
+        PluginError: the backend returned what the hook contract does not allow.
+    """
+    can = registry.capabilities(backend)
+    layout = _layout(problem, backend)
+    if _native(problem, can):
+        return DirectRunner(problem, layout, _kernel(problem, layout, backend))
+    if not isinstance(layout, Layout):
+        raise PluginError(
+            f"{backend}'s longspan_pattern returned {type(layout).__name__} for a problem that its kernel does not "
+            f"take natively ({problem}). Next: return None there, so that the core lowers it"
+        )
+    made: dict[Problem, Step] = {}
+    steps = []
+    for call in layout.calls:
+        dense = _dense_problem(problem, call, can)
+        if dense not in made:
+            kernel = _kernel(dense, lower(dense), backend)
+            made[dense] = Step(kernel, gqa=can.gqa, is_causal=dense.is_causal, scale=dense.scale)
+        steps.append(made[dense])
+    return LoweredRunner(layout, steps)
+
+
+class LoweredRunner(Runner):
+    """Runs a layout call by call."""
+
+    def __init__(self, layout: Layout, steps: Sequence[Step]) -> None:
+        self.layout, self._steps = layout, steps
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:
+        """`(out, lse)`."""
+        return run_forward(self.layout, self._steps, draw, query, key, value)
+
+    def backward(
+        self,
+        dout: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        draw: Draw | None,
+        dlse: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`(dquery, dkey, dvalue)`."""
+        return run_backward(self.layout, self._steps, draw, dout, query, key, value, out, lse, dlse)
+
+
+class DirectRunner(Runner):
+    """Runs one kernel that takes the problem as it is."""
+
+    def __init__(self, problem: Problem, layout: Any, kernel: Kernel) -> None:
+        self.layout, self._problem = layout, problem
+        self._kernel_forward, self._kernel_backward = kernel.forward, kernel.backward
+        self._lowered: LoweredRunner | None = None
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:
+        """`(out, lse)`."""
+        if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
+            query, key, value = _unit(query), _unit(key), _unit(value)
+        return self._kernel_forward(query, key, value)
+
+    def backward(
+        self,
+        dout: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        draw: Draw | None,
+        dlse: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`(dquery, dkey, dvalue)`."""
+        if self._kernel_backward is not None and dlse is None:
+            return self._kernel_backward(*map(_unit, (dout, query, key, value, out)), lse)
+        if self._lowered is None:  # the core's backward: for kernels without one, and for a gradient of the lse
+            layout = lower(self._problem)
+            self._lowered = LoweredRunner(layout, [_blockwise(call, self._problem.scale) for call in layout.calls])
+        return self._lowered.backward(dout, query, key, value, out, lse, draw, dlse)
+
+
+def _blockwise(call: Call, scale: float) -> Step:
+    def forward(*_: Tensor) -> tuple[Tensor, Tensor]:
+        raise AssertionError("only the backward is asked for")
+
+    return Step(Kernel(forward), gqa=True, is_causal=call.is_causal, scale=scale)
+
+
+def _unit(tensor: Tensor) -> Tensor:
+    """Kernels may rely on a last dimension without gaps."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _native(problem: Problem, can: Capabilities) -> bool:
+    """Whether the backend's kernel takes the problem as it is."""
+    shifted = problem.query_offset or problem.q_len != problem.kv_len
+    return (
+        can.runs(problem.pattern.kind)
+        and 0 not in (problem.batch, problem.heads, problem.q_len, problem.kv_len)
+        and (can.gqa or problem.heads == problem.kv_heads)
+        and (can.documents or problem.documents is None)
+        and (can.query_offset or not (shifted and (problem.is_causal or problem.pattern.positional)))
+        and not problem.dropout_p  # its mask needs each launch's positions
+    )
+
+
+def _layout(problem: Problem, backend: str) -> Any:
+    cache = registry.lane(backend, "longspan_cache")(device=problem.device)
+    key = (problem, backend, registry.generation)  # a backend may lay out a pattern in its own way
+    layout = cache.get(key)
+    if layout is None:
+        layout = registry.lane(backend, "longspan_pattern")(problem=problem)
+        cache.put(key, layout)
+    return layout
+
+
+def _kernel(problem: Problem, layout: Any, backend: str) -> Kernel:
+    specs = registry.lane(backend, "longspan_buffers")(problem=problem, layout=layout)
+    allocator = registry.lane(backend, "longspan_allocator")(device=problem.device)
+    make = registry.lane(backend, "longspan_kernel")
+    kernel = make(problem=problem, layout=layout, buffers=Workspace(specs, allocator))
+    if isinstance(kernel, Kernel):
+        return kernel
+    if callable(kernel):
+        return Kernel(kernel)
+    raise PluginError(
+        f"{backend}'s longspan_kernel returned {type(kernel).__name__}; want a callable or a Kernel. "
+        "Next: return the function that computes (out, lse)"
+    )
+
+
+def _dense_problem(problem: Problem, call: Call, can: Capabilities) -> Problem:
+    """The dense problem that a call poses to the kernel; batch and heads as they come without folding."""
+    return problem.replace(
+        pattern=Dense(),
+        batch=problem.batch * call.queries.count,
+        heads=call.heads.count,
+        kv_heads=call.kv_heads.count if can.gqa else call.heads.count,
+        q_len=call.queries.length,
+        kv_len=call.keys.length,
+        is_causal=call.is_causal,
+        documents=None,
+        query_offset=0,
+    )
