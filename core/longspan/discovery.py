@@ -6,12 +6,14 @@ runs at the first plan or listing, never at `import longspan`, and keeps a ledge
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import threading
 import time
 import warnings
+import weakref
 from collections import defaultdict
-from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -22,7 +24,7 @@ from attrs import evolve
 from longspan import hookspecs
 from longspan.defaults import Defaults
 from longspan.errors import DuplicateBackend, PluginError, PluginWarning
-from longspan.policy import flag, names
+from longspan.policy import flag, is_name, names
 from longspan.spec import BackendInfo, Candidate, Capabilities, Problem, Reason
 
 __all__ = ["GROUP", "Registry", "registry"]
@@ -43,8 +45,12 @@ class Registry:
         self._manager = _new_manager()
         self._ledger: dict[str, BackendInfo] = {}
         self._extra: list[BackendInfo] = []  # rows that share a name with another
-        self._found = False
+        self._extensions: set[str] = set()
+        self._unimported: list[EntryPoint] = []  # kept out by LONGSPAN_BLOCK, which may be lifted
+        self._block: tuple[str, ...] = ()
+        self._found = self._busy = False
         self.generation = 0
+        _registries.add(self)
 
     # -- reading
 
@@ -59,7 +65,11 @@ class Registry:
         with self._lock:
             rows = sorted(self._ledger.values(), key=lambda row: row.name)
             return tuple(
-                Candidate(row, _Unsupported(self.lane(row.name, "longspan_unsupported")))
+                Candidate(
+                    row,
+                    _Unsupported(self.lane(row.name, "longspan_unsupported")),
+                    hasattr(self._manager.get_plugin(row.name), "longspan_unsupported"),
+                )
                 if row.state == "loaded"
                 else Candidate(row)
                 for row in rows
@@ -105,19 +115,26 @@ class Registry:
             DuplicateBackend: the name is taken.
             PluginError: the plugin does not keep the hook contract.
         """
+        if not is_name(name):
+            raise PluginError(
+                f"name={name!r} is no backend name: letters, digits, _, - and . only. Next: give another name"
+            )
         self.discover()
         with self._lock:
+            if self._busy:
+                raise PluginError("register() while plugins are being imported. Next: call it after the import")
             if name in self._ledger or self._manager.has_plugin(name):
                 raise DuplicateBackend(
                     f"{name!r} is taken by {_whose(self._ledger.get(name))}. Next: give another name, or "
                     f"longspan.unregister({name!r}) first"
                 )
-            row = BackendInfo(name, "loaded", description=_summary(plugin))
             if hasattr(plugin, "longspan_capabilities"):
+                row = BackendInfo(name, "loaded", description=_summary(plugin))
                 self._ledger[name] = _commit(self._manager, plugin, row)
             else:
-                _verify(plugin, name)
+                _verify(self._manager, plugin, name)
                 self._manager.register(plugin, name)
+                self._extensions.add(name)
             self.generation += 1
 
     def unregister(self, name: str) -> None:
@@ -128,44 +145,68 @@ class Registry:
         """
         self.discover()
         with self._lock:
-            if not self._manager.has_plugin(name) and name not in self._ledger:
+            if name not in self._ledger and name not in self._extensions:
                 raise PluginError(f"nothing is registered as {name!r}. Next: `longspan backends` lists what is")
             if self._manager.has_plugin(name):
                 self._manager.unregister(name=name)
             self._ledger.pop(name, None)
+            self._extensions.discard(name)
             self.generation += 1
 
     def discover(self) -> None:
-        """Read the entry points, once.
+        """Read the entry points, once, and those that `LONGSPAN_BLOCK` kept out when it lets them in.
 
         Raises:
             PluginError: a plugin is broken and `LONGSPAN_STRICT` is set.
             PolicyError: an environment variable cannot be read.
         """
-        if self._found:
+        if self._found and not self._unimported:
             return
         with self._lock:
-            if not self._found:  # nobody was faster
-                self._discover()
+            if self._busy:  # a plugin lists backends while it is imported: it sees what there is so far
+                return
+            if not self._found or (self._unimported and names("LONGSPAN_BLOCK") != self._block):
+                self._busy = True
+                try:
+                    self._discover()
+                finally:
+                    self._busy = False
 
     def _discover(self) -> None:
         strict, allowed, blocked = flag("LONGSPAN_STRICT"), names("LONGSPAN_PLUGINS"), names("LONGSPAN_BLOCK")
-        by_name: dict[str, list[EntryPoint]] = defaultdict(list)
-        for point in _points():
-            by_name[point.name].append(point)
-        manager = _new_manager()
-        ledger: dict[str, BackendInfo] = {}
-        extra: list[BackendInfo] = []
-        for name, points in sorted(by_name.items()):
-            rows = [_load(manager, point, allowed, blocked, len(points) > 1) for point in points]
-            ledger[name] = rows[0]
-            extra += rows[1:]
-        for row in [*ledger.values(), *extra]:
-            if row.state in ("broken", "duplicate", "incompatible"):
-                _complain(row, strict)
-        self._manager, self._ledger, self._extra = manager, ledger, extra
-        self._found = True
+        points = self._unimported if self._found else _points()
+        welcome: dict[str, list[EntryPoint]] = defaultdict(list)
+        rows, unimported = [], []
+        for point in sorted(points, key=lambda point: (point.name, _distribution(point))):
+            if point.name in blocked:
+                unimported.append(point)
+                rows.append(evolve(_row(point), error="blocked by LONGSPAN_BLOCK"))
+            elif allowed and not _allowed(point, allowed):
+                rows.append(evolve(_row(point), error=f"not among LONGSPAN_PLUGINS={','.join(allowed)}"))
+            else:
+                welcome[point.name].append(point)
+        try:
+            for same in welcome.values():
+                rows += [_load(self._manager, point) if len(same) == 1 else _duplicate(point, same) for point in same]
+            for row in rows:
+                if row.state in ("broken", "duplicate", "incompatible"):
+                    _complain(row, strict)
+        except BaseException:  # an interrupt, or a complaint that stops: as if nothing had been read
+            for name in welcome:
+                if self._manager.has_plugin(name) and name not in self._extensions:
+                    self._manager.unregister(name=name)
+            raise
+        fresh = {row.name for row in rows}
+        self._extra = [row for row in self._extra if row.name not in fresh or row.state != "blocked"]
+        for name in fresh:  # of one name, the row that was let in stands for it
+            main, *others = sorted((row for row in rows if row.name == name), key=lambda row: row.state == "blocked")
+            self._ledger[name] = main
+            self._extra += others
+        self._unimported, self._block, self._found = unimported, blocked, True
         self.generation += 1
+
+
+_registries: weakref.WeakSet[Registry] = weakref.WeakSet()
 
 
 class _Unsupported:
@@ -174,8 +215,14 @@ class _Unsupported:
     def __init__(self, hook: pluggy.HookCaller) -> None:
         self._hook = hook
 
-    def __call__(self, problem: Problem) -> Iterable[Reason]:
-        return tuple(self._hook(problem=problem) or ())
+    def __call__(self, problem: Problem) -> tuple[Reason, ...]:
+        try:
+            found = tuple(self._hook(problem=problem) or ())
+        except Exception as error:  # noqa: BLE001 - a backend at fault is refused; the others are not affected
+            return (Reason("broken", "longspan_unsupported", f"{type(error).__name__}: {error}", "reasons", "mend it"),)
+        if not all(isinstance(reason, Reason) for reason in found):
+            return (Reason("broken", "longspan_unsupported", repr(found), "a list of longspan.Reason", "mend it"),)
+        return found
 
 
 class _Incompatible(PluginError):
@@ -197,25 +244,38 @@ def _points() -> list[EntryPoint]:
     return list(found.values())
 
 
-def _load(
-    manager: pluggy.PluginManager, point: EntryPoint, allowed: tuple[str, ...], blocked: tuple[str, ...], twice: bool
-) -> BackendInfo:
-    """Import one entry point, unless it may not be, and say what became of it."""
-    distribution = point.dist.name if point.dist else ""
-    row = BackendInfo(
-        point.name, "blocked", distribution, point.dist.version if point.dist else "", opt_in=distribution != BUILTIN
-    )
-    if point.name in blocked:
-        return evolve(row, error="blocked by LONGSPAN_BLOCK")
-    if allowed and not {point.name, distribution, "builtin" if distribution == BUILTIN else ""} & set(allowed):
-        return evolve(row, error=f"not among LONGSPAN_PLUGINS={','.join(allowed)}")
-    if twice:
-        return evolve(row, state="duplicate", error=_duplicate(point.name))
-    start = time.perf_counter()
+def _distribution(point: EntryPoint) -> str:
+    return point.dist.name if point.dist else ""
+
+
+def _row(point: EntryPoint) -> BackendInfo:
+    version = point.dist.version if point.dist else ""
+    return BackendInfo(point.name, "blocked", _distribution(point), version, opt_in=_distribution(point) != BUILTIN)
+
+
+def _allowed(point: EntryPoint, allowed: tuple[str, ...]) -> bool:
+    """Whether the allow-list names the backend, or its distribution as pip would (PEP 503)."""
+    distribution = _distribution(point)
+    words = {point.name, "builtin" if distribution == BUILTIN else point.name}
+    return bool(words & set(allowed)) or _canonical(distribution) in map(_canonical, allowed)
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _duplicate(point: EntryPoint, same: list[EntryPoint]) -> BackendInfo:
+    owners = sorted(f"{_distribution(one)} {one.dist.version if one.dist else ''}".strip() for one in same)
+    error = f"claimed by {' and '.join(owners)}. Next: uninstall one of them, or name the other in LONGSPAN_PLUGINS"
+    return evolve(_row(point), state="duplicate", error=error)
+
+
+def _load(manager: pluggy.PluginManager, point: EntryPoint) -> BackendInfo:
+    """Import one entry point, and say what became of it."""
+    row, start = _row(point), time.perf_counter()
     try:
         plugin = point.load()
-        row = evolve(row, state="loaded", description=_summary(plugin))
-        row = _commit(manager, plugin, row)
+        row = _commit(manager, plugin, evolve(row, state="loaded", description=_summary(plugin)))
     except _Incompatible as error:
         row = evolve(row, state="incompatible", error=str(error))
     except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a plugin does on import, the others go on
@@ -223,21 +283,35 @@ def _load(
     return evolve(row, import_ms=round(1e3 * (time.perf_counter() - start), 3))
 
 
-def _commit(manager: pluggy.PluginManager, plugin: object, row: BackendInfo) -> BackendInfo:
+def _commit(manager: pluggy.PluginManager, plugin: Any, row: BackendInfo) -> BackendInfo:
     """Check a backend in full, and only then add it to the manager."""
     if not hasattr(plugin, "longspan_capabilities"):
         raise PluginError("no longspan_capabilities hook. Next: see the ten-line backend in the README")
-    can = plugin.longspan_capabilities()
+    if inspect.isclass(plugin):
+        raise PluginError(f"{plugin.__name__} is a class. Next: pass an object of it")
+    try:
+        can = plugin.longspan_capabilities()
+    except Exception as error:
+        raise PluginError(f"longspan_capabilities: {type(error).__name__}: {error}. Next: mend the plugin") from error
     if not isinstance(can, Capabilities):
-        raise PluginError(f"longspan_capabilities() returned {type(can).__name__}, want longspan.Capabilities")
+        raise PluginError(
+            f"longspan_capabilities() returned {type(can).__name__}. Next: return a longspan.Capabilities"
+        )
     if can.api != hookspecs.API:
         raise _Incompatible(f"written for api={can.api}, this longspan has api={hookspecs.API}. Next: update either")
-    _verify(plugin, row.name)
+    _verify(manager, plugin, row.name)
     manager.register(plugin, row.name)
     return evolve(row, capabilities=can, opt_in=row.opt_in or can.opt_in)
 
 
-def _verify(plugin: object, name: str) -> None:
+def _verify(manager: pluggy.PluginManager, plugin: Any, name: str) -> None:
+    """Register in a scratch manager first: a plugin that is refused leaves nothing behind."""
+    try:
+        hash(plugin)
+    except TypeError as error:
+        raise PluginError(f"{type(plugin).__name__} has no hash. Next: compare its objects by identity") from error
+    if other := manager.get_name(plugin):
+        raise PluginError(f"this plugin is registered as {other!r} already. Next: pass another object")
     scratch = pluggy.PluginManager(hookspecs.PROJECT)
     scratch.add_hookspecs(hookspecs)
     hooks = [hook for hook in vars(hookspecs) if hook.startswith("longspan_")]
@@ -248,7 +322,9 @@ def _verify(plugin: object, name: str) -> None:
         words = str(error).replace("'", " ").replace("(", " ").split()
         near = [match for word in words for match in get_close_matches(word, hooks, n=1) if word not in hooks]
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise PluginError(f"{error}.{hint} Hooks: {', '.join(hooks)}") from error
+        raise PluginError(f"{error}.{hint} Next: use one of {', '.join(hooks)}") from error
+    if not scratch.get_hookcallers(plugin):
+        raise PluginError(f"{type(plugin).__name__} implements no hook. Next: mark functions with longspan.hookimpl")
 
 
 def _summary(plugin: object) -> str:
@@ -257,12 +333,6 @@ def _summary(plugin: object) -> str:
 
 def _whose(row: BackendInfo | None) -> str:
     return f"{row.distribution} {row.version}".strip() if row and row.distribution else "this process"
-
-
-def _duplicate(name: str) -> str:
-    owners: Iterable[Any] = (point.dist for point in entry_points(group=GROUP, name=name))
-    listed = " and ".join(sorted({f"{dist.name} {dist.version}" if dist else "unknown" for dist in owners}))
-    return f"claimed by {listed}. Next: uninstall one of them"
 
 
 def _complain(row: BackendInfo, strict: bool) -> None:
@@ -278,7 +348,9 @@ registry = Registry()
 
 def _after_fork() -> None:
     """A lock held by another thread at the fork would stay locked for ever in the child."""
-    registry._lock = threading.RLock()
+    for one in _registries:
+        one._lock = threading.RLock()
+        one._busy = False
 
 
 if hasattr(os, "register_at_fork"):

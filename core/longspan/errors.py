@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 __all__ = [
     "ArgumentError",
@@ -25,8 +26,11 @@ class ArgumentError(LongspanError, ValueError):
     """An argument that no backend could honour: names it, what was given and what would do."""
 
     def __init__(self, argument: str, got: object, want: str, fix: str = "") -> None:
-        self.argument, self.got, self.want, self.fix = argument, got, want, fix
-        super().__init__(f"{argument}: got {got}; want {want}." + (f" Next: {fix}." if fix else ""))
+        self.argument, self.got, self.want, self.fix = argument, got, want, fix or f"pass {want}"
+        super().__init__(f"{argument}: got {got}; want {want}. Next: {self.fix}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.argument, str(self.got), self.want, self.fix)
 
 
 class PolicyError(LongspanError, ValueError):
@@ -37,21 +41,27 @@ class UnknownBackend(LongspanError, LookupError):
     """A backend name that nobody registered."""
 
     def __init__(self, name: str, known: Iterable[str], said_by: str) -> None:
-        self.name, self.known = name, tuple(sorted(known))
+        self.name, self.known, self.said_by = name, tuple(sorted(known)), said_by
         close = get_close_matches(name, self.known, n=1, cutoff=0.5)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         super().__init__(
             f"backend {name!r} ({said_by}) is not registered.{hint} Known: {', '.join(self.known) or 'none'}. "
-            "Next: `longspan backends` lists them with their states."
+            "Next: `longspan backends` lists them with their states"
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.name, self.known, self.said_by)
 
 
 class BackendUnavailable(LongspanError, RuntimeError):
     """No backend, or not the one asked for, can serve the problem; `.resolution` holds every reason."""
 
     def __init__(self, message: str, resolution: object) -> None:
-        self.resolution = resolution
+        self.message, self.resolution = message, resolution
         super().__init__(message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.message, self.resolution)
 
 
 class PluginError(LongspanError, RuntimeError):

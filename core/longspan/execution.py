@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from longspan import blockwise
+from longspan.contract import check_result
 from longspan.dropout import Draw, Dropout
 from longspan.layout import Call, Layout
 from longspan.merge import merge_
@@ -24,12 +25,20 @@ TEMPORARY = 16 * 2**20
 class Step:
     """A kernel with what the core knows about the dense problem that it was made for."""
 
-    __slots__ = ("_backward", "forward", "gqa", "is_causal", "scale")
+    __slots__ = ("_backward", "_checked", "_forward", "backend", "gqa", "is_causal", "scale")
 
-    def __init__(self, kernel: Kernel, *, gqa: bool, is_causal: bool, scale: float) -> None:
-        self.forward = kernel.forward
+    def __init__(self, kernel: Kernel, backend: str, *, gqa: bool, is_causal: bool, scale: float) -> None:
+        self._forward, self.backend, self._checked = kernel.forward, backend, False
         self._backward = kernel.backward
         self.gqa, self.is_causal, self.scale = gqa, is_causal, scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
+        """The kernel's forward; what it returns is checked the first time."""
+        result = self._forward(query, key, value, **given)
+        if not self._checked:
+            check_result(self.backend, result, query)
+            self._checked = True
+        return result
 
     def backward(self, *tensors: Tensor, dlse: Tensor | None, **given: Any) -> tuple[Tensor, Tensor, Tensor]:
         """The kernel's backward; the core's where there is none, or where the lse has a gradient of its own."""
@@ -83,7 +92,8 @@ def run_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `run_forward`: every call's backward gets the joint `out` and `lse`, and the results add up."""
     dout, query, key, value, out = (_unit(x) for x in (dout, query, key, value, out))
-    dtype = _wide(query) if len(layout.calls) > 1 else query.dtype
+    sums = len(layout.calls) > 1 or query.shape[1] != key.shape[1]
+    dtype = _wide(query) if sums else query.dtype
     dquery, dkey, dvalue = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (query, key, value))
     lines = [(*x.stride(), 1) for x in (lse, dlse) if x is not None]
     query_strides = (*(x.stride() for x in (query, dout, out, dquery)), *lines)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from attrs import evolve
 
 from longspan.discovery import registry
+from longspan.lowering import dense_problem, lower
 from longspan.policy import current
-from longspan.resolve import resolve
-from longspan.spec import Device, Problem, Resolution
+from longspan.resolve import is_native, resolve
+from longspan.spec import Candidate, Device, Problem, Reason, Resolution
 
 __all__ = ["explain"]
 
@@ -27,7 +30,12 @@ def explain(problem: Problem, device: Device | str | None = None, *, backend: st
     """
     if device is not None:
         problem = problem.replace(device=device)
-    resolution = resolve(problem, registry.candidates(), current(backend))
+    candidates, policy = registry.candidates(), current(backend)
+    refused: dict[str, tuple[Reason, ...]] = {}
+    resolution = resolve(problem, candidates, policy)
+    while resolution.chosen is not None and (reasons := _refuses_a_part(problem, resolution.chosen, candidates)):
+        refused[resolution.chosen] = reasons
+        resolution = resolve(problem, candidates, policy, refused)
     notes = []
     if not present(problem.device):
         notes.append(
@@ -35,6 +43,16 @@ def explain(problem: Problem, device: Device | str | None = None, *, backend: st
             "installed here"
         )
     return evolve(resolution, notes=(*resolution.notes, *notes))
+
+
+def _refuses_a_part(problem: Problem, name: str, candidates: Sequence[Candidate]) -> tuple[Reason, ...]:
+    """A backend's own reasons against the dense problems that this problem lowers to."""
+    candidate = next(one for one in candidates if one.name == name)
+    can = candidate.info.capabilities
+    if can is None or not candidate.refuses or is_native(problem, can):
+        return ()
+    parts = {dense_problem(problem, call, can.gqa) for call in lower(problem).calls}
+    return tuple(dict.fromkeys(reason for part in parts for reason in candidate.unsupported(part)))
 
 
 def present(device: Device) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from longspan.errors import ArgumentError
 
-__all__ = ["check_inputs", "check_number"]
+__all__ = ["check_boundaries", "check_inputs", "check_number"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -23,7 +24,7 @@ def check_number(name: str, value: object) -> float:
 
 
 def check_inputs(
-    query: Any, key: Any, value: Any, *, enable_gqa: bool, cu_seqlens: object, query_offset: object
+    query: Any, key: Any, value: Any, *, cu_seqlens: object, query_offset: object, **switches: object
 ) -> dict[str, Any]:
     """The fields of a `Problem` that follow from tensors, or `ArgumentError`.
 
@@ -33,6 +34,9 @@ def check_inputs(
     for name, tensor in named.items():
         if not isinstance(tensor, torch.Tensor):
             raise ArgumentError(name, type(tensor).__name__, "a torch.Tensor", f"torch.as_tensor({name})")
+        if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_mkldnn:
+            kind = "a nested tensor" if tensor.is_nested else str(tensor.layout)
+            raise ArgumentError(name, kind, "a strided tensor (torch.strided)", "pass packed documents by cu_seqlens")
         if tensor.dim() != 4:
             raise ArgumentError(name, f"shape {tuple(tensor.shape)}", "(batch, heads, seq, head_dim)", "add dimensions")
         if tensor.dtype not in _FLOATS:
@@ -55,7 +59,7 @@ def check_inputs(
             f"query's batch and head_dim, as in ({batch}, kv_heads, kv_len, {head_dim})",
         )
     if key.shape[1] != heads:
-        if not enable_gqa:
+        if not switches["enable_gqa"]:
             raise ArgumentError(
                 "key", f"{key.shape[1]} heads", f"query's {heads} heads", "pass enable_gqa=True for grouped queries"
             )
@@ -63,6 +67,9 @@ def check_inputs(
             raise ArgumentError(
                 "key", f"{key.shape[1]} heads for {heads} query heads", "a divisor of the number of query heads"
             )
+    for switch, given in switches.items():
+        if not isinstance(given, bool):
+            raise ArgumentError(switch, f"{type(given).__name__}", "True or False")
     if query_offset is not None and (not isinstance(query_offset, int) or isinstance(query_offset, bool)):
         raise ArgumentError("query_offset", repr(query_offset), "an integer position")
     return {
@@ -73,29 +80,36 @@ def check_inputs(
         "kv_len": key.shape[2],
         "head_dim": head_dim,
         "dtype": query.dtype,
-        "documents": None if cu_seqlens is None else check_documents(cu_seqlens, query, key.shape[2]),
+        "documents": None if cu_seqlens is None else _documents(cu_seqlens, query, key.shape[2]),
         "query_offset": query_offset or 0,
     }
 
 
-def check_documents(cu_seqlens: object, query: torch.Tensor, kv_len: int) -> tuple[int, ...]:
-    """Boundaries of packed documents as a tuple of ints that starts at 0, never falls and ends within the sequence."""
+def check_boundaries(bounds: Sequence[object], q_len: int, kv_len: int) -> tuple[int, ...]:
+    """Boundaries of packed documents: integers from 0 on that never fall and end within the sequence."""
+    name = "cu_seqlens"
+    if not isinstance(bounds, list | tuple) or not all(type(one) is int for one in bounds):
+        raise ArgumentError(name, repr(bounds), "an integer tensor or tuple, e.g. (0, 5, 9)")
+    found = tuple(one for one in bounds if isinstance(one, int))
+    if not found or found[0] != 0:
+        raise ArgumentError(name, f"a start of {found[:1]}", "a first boundary of 0", "put 0 in front")
+    if any(a > b for a, b in pairwise(found)):
+        raise ArgumentError(name, str(found), "boundaries that never fall", "sort them")
+    if q_len != kv_len:
+        raise ArgumentError(name, f"{q_len} queries and {kv_len} keys", "as many queries as keys")
+    if found[-1] > kv_len:
+        raise ArgumentError(name, f"an end of {found[-1]}", f"at most the sequence length, {kv_len}")
+    return found
+
+
+def _documents(cu_seqlens: Any, query: torch.Tensor, kv_len: int) -> tuple[int, ...]:
     name = "cu_seqlens"
     if isinstance(cu_seqlens, torch.Tensor):
         if cu_seqlens.device != query.device:
-            raise ArgumentError(name, f"on {cu_seqlens.device}", f"on query's device, {query.device}")
+            raise ArgumentError(
+                name, f"on {cu_seqlens.device}", f"on query's device, {query.device}", "cu_seqlens.to(query.device)"
+            )
         if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool:
             raise ArgumentError(name, f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}", "one dimension of integers")
         cu_seqlens = cu_seqlens.tolist()
-    if not isinstance(cu_seqlens, list | tuple) or not all(type(one) is int for one in cu_seqlens):
-        raise ArgumentError(name, repr(cu_seqlens), "an integer tensor or tuple, e.g. (0, 5, 9)")
-    bounds: tuple[int, ...] = tuple(cu_seqlens)
-    if not bounds or bounds[0] != 0:
-        raise ArgumentError(name, f"a start of {bounds[:1]}", "a first boundary of 0", "put 0 in front")
-    if any(a > b for a, b in pairwise(bounds)):
-        raise ArgumentError(name, str(bounds), "boundaries that never fall", "sort them")
-    if query.shape[2] != kv_len:
-        raise ArgumentError(name, f"{query.shape[2]} queries and {kv_len} keys", "as many queries as keys")
-    if bounds[-1] > kv_len:
-        raise ArgumentError(name, f"an end of {bounds[-1]}", f"at most the sequence length, {kv_len}")
-    return bounds
+    return check_boundaries(cu_seqlens, query.shape[2], kv_len)

@@ -19,7 +19,7 @@ from longspan.patterns import Dense, Dilated, SlidingWindow
 from longspan.spec import Problem
 from longspan.strips import Span, Strip, segment_strips, window_strips
 
-__all__ = ["lower"]
+__all__ = ["dense_problem", "lower"]
 
 
 @frozen
@@ -69,6 +69,27 @@ def lower(problem: Problem) -> Layout:
                             Call(heads, kv_heads, strip.queries, strip.keys, strip.is_causal, store, strip.flipped)
                         )
     return Layout(tuple(calls), covering == problem.heads * problem.q_len)
+
+
+def dense_problem(problem: Problem, call: Call, gqa: bool) -> Problem:
+    """The dense problem that a call poses to a kernel, with batch and heads as they come without folding.
+
+    Args:
+        problem: the whole problem.
+        call: one call of its layout.
+        gqa: the kernel takes fewer key heads than query heads.
+    """
+    return problem.replace(
+        pattern=Dense(),
+        batch=problem.batch * call.queries.count,
+        heads=call.heads.count,
+        kv_heads=call.kv_heads.count if gqa else call.heads.count,
+        q_len=call.queries.length,
+        kv_len=call.keys.length,
+        is_causal=call.is_causal,
+        documents=None,
+        query_offset=0,
+    )
 
 
 def _groups(problem: Problem) -> Sequence[Sequence[_Branch | _Window]]:

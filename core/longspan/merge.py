@@ -11,7 +11,8 @@ __all__ = ["merge_"]
 def merge_(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """Merge a softmax over some keys into one over others, in place.
 
-    The result is the softmax over the multiset union of both key sets: weights are `exp(lse_i - logaddexp(lse_i))`.
+    The result is the softmax over the multiset union of both key sets, with weights in proportion to `exp(lse_i)`. They
+    are taken relative to the larger side and divided by their own sum, so that they add up to 1 however large the lse.
     Two empty sides (lse -inf) stay empty: out 0, lse -inf, no NaN.
 
     Args:
@@ -21,8 +22,11 @@ def merge_(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
         part_lse: `(..., rows)`, natural log.
     """
     part_lse = part_lse.to(lse.dtype)
-    joint = torch.logaddexp(lse, part_lse)
-    base = joint.masked_fill(joint == -torch.inf, 0.0)  # -inf - -inf would be NaN; exp(-inf - 0) is 0
-    out.mul_(lse.sub(base).exp_().unsqueeze(-1))
-    out.addcmul_(part.to(out.dtype), part_lse.sub(base).exp_().unsqueeze(-1))
-    lse.copy_(joint)
+    larger = torch.maximum(lse, part_lse)
+    larger.masked_fill_(larger == -torch.inf, 0.0)  # -inf - -inf would be NaN; exp(-inf - 0) is 0
+    mine, other = lse.sub(larger).exp_(), part_lse.sub(larger).exp_()
+    total = mine + other
+    lse.copy_(larger.add_(total.log()))
+    total.masked_fill_(total == 0.0, 1.0)
+    out.mul_(mine.div_(total).unsqueeze(-1))
+    out.addcmul_(part.to(out.dtype), other.div_(total).unsqueeze(-1))

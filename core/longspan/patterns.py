@@ -173,7 +173,8 @@ def parse_pattern(text: str) -> Pattern:
     if kind != "dilated":
         raise ArgumentError("pattern", repr(text), want, fix)
     branches, *words = rest.split(":")
-    if set(words) - {"all", "grouped", "modulo", "block"}:
+    contradicts = {"all", "grouped"} <= set(words) or {"modulo", "block"} <= set(words)
+    if contradicts or set(words) - {"all", "grouped", "modulo", "block"}:
         raise ArgumentError("pattern", repr(text), want, fix)
     try:
         pairs = [tuple(int(number) for number in branch.split("/")) for branch in branches.split(",")]

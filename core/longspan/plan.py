@@ -73,16 +73,20 @@ class Plan:
         Raises:
             ArgumentError: a tensor is not what the plan was made for.
         """
-        device = query.device
-        if (
-            query.shape != self._query_shape
-            or key.shape != self._key_shape
-            or value.shape != self._key_shape
-            or not (query.dtype is key.dtype is value.dtype is self._dtype)
-            or device.type != self._device
-            or key.device != device
-            or value.device != device
-        ):
+        try:
+            device = query.device
+            right = (
+                query.shape == self._query_shape
+                and key.shape == self._key_shape
+                and value.shape == self._key_shape
+                and query.dtype is key.dtype is value.dtype is self._dtype
+                and device.type == self._device
+                and key.device == device
+                and value.device == device
+            )
+        except AttributeError:  # no tensor
+            right = False
+        if not right:
             query, key, value = self._check(*follow_autocast(query, key, value))
         if in_graph():
             return attend_in_graph(
@@ -133,13 +137,14 @@ class Plan:
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(tensor, Tensor):
+                raise ArgumentError(name, type(tensor).__name__, "a torch.Tensor", f"torch.as_tensor({name})")
             shape = self._query_shape if name == "query" else self._key_shape
             got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
             want = f"{tuple(shape)} {self._dtype} on {self._device}, as planned"
-            if tensor.shape != shape or tensor.dtype is not self._dtype or tensor.device != query.device:
+            here = tensor.device.type == self._device and tensor.device == query.device
+            if tensor.shape != shape or tensor.dtype is not self._dtype or not here:
                 raise ArgumentError(name, got, want, "make a plan for these tensors with Problem.like")
-        if query.device.type != self._device:
-            raise ArgumentError("query", f"on {query.device}", f"on {self._device}, as planned", "move the tensors")
         return query, key, value
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from threading import Lock
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ KEPT = 512
 """Plans kept; the oldest goes."""
 
 _plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
-_lock = Lock()
 
 
 def plan_for(
@@ -60,6 +58,13 @@ def plan_for(
             scale,
             dropout_p,
             enable_gqa,
+            (
+                type(is_causal),
+                type(scale),
+                type(dropout_p),
+                type(enable_gqa),
+                type(query_offset),
+            ),  # for 1 == 1.0 == True
             None if cu_seqlens is None else _boundaries(cu_seqlens),
             query_offset,
             backend,
@@ -69,7 +74,7 @@ def plan_for(
             fingerprint(),
         )
         found = _plans.get(token)
-    except (AttributeError, TypeError):  # no tensor, or not hashable: Problem.like says which
+    except (AttributeError, TypeError, RuntimeError):  # no usual tensor, or not hashable: Problem.like says which
         found, token = None, None
     if found is not None:
         return found
@@ -87,10 +92,9 @@ def plan_for(
     )
     found = plan(problem, backend)
     if token is not None:
-        with _lock:
-            _plans[token] = found
-            while len(_plans) > KEPT:
-                _plans.popitem(last=False)
+        _plans[token] = found  # no lock: each step is atomic, and a fork could leave a lock locked
+        while len(_plans) > KEPT:
+            _plans.popitem(last=False)
     return found
 
 
@@ -101,4 +105,4 @@ def _boundaries(cu_seqlens: Any) -> Any:
     """Boundaries as a hashable value, with whatever else the checks look at."""
     if isinstance(cu_seqlens, Tensor):
         return (cu_seqlens.device, cu_seqlens.dtype, cu_seqlens.dim(), tuple(cu_seqlens.flatten().tolist()))
-    return tuple(cu_seqlens)
+    return type(cu_seqlens), tuple((type(one), one) for one in cu_seqlens)

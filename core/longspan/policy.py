@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from attrs import evolve, frozen
 
 from longspan.errors import PolicyError
 
-__all__ = ["Policy", "current", "fingerprint", "flag", "in_force", "names", "policy_text", "use"]
+__all__ = ["Policy", "current", "fingerprint", "flag", "in_force", "is_name", "names", "policy_text", "use"]
 
 
 @frozen
@@ -36,13 +40,13 @@ class Policy:
         return "|".join((self.backend or "", self.backend_from, lists[0], self.prefer_from, lists[1]))
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 _context: ContextVar[Policy] = ContextVar("longspan_policy", default=Policy())  # noqa: B039 - frozen
 
 
-@contextmanager
-def use(
-    backend: str | None = None, *, prefer: Iterable[str] | str = (), block: Iterable[str] | str = ()
-) -> Iterator[None]:
+class use:
     """Set the policy for a `with` block, or for a function as a decorator. Per thread and per async task.
 
     Args:
@@ -53,17 +57,50 @@ def use(
     Raises:
         PolicyError: an argument is not a name or a list of names.
     """
-    outer = _context.get()
-    policy = evolve(outer, block=(*outer.block, *_listed("block", block)))
-    if backend is not None:
-        policy = evolve(policy, backend=_name(backend), backend_from="context")
-    if prefer := _listed("prefer", prefer):
-        policy = evolve(policy, prefer=prefer, prefer_from="context")
-    token = _context.set(policy)
-    try:
-        yield
-    finally:
-        _context.reset(token)
+
+    def __init__(
+        self, backend: str | None = None, *, prefer: Iterable[str] | str = (), block: Iterable[str] | str = ()
+    ) -> None:
+        self._backend = None if backend is None else _name(backend)
+        self._prefer, self._block = _listed("prefer", prefer), _listed("block", block)
+        self._tokens: list[Token[Policy]] = []
+
+    def __enter__(self) -> None:
+        outer = _context.get()
+        policy = evolve(outer, block=(*outer.block, *self._block))
+        if self._backend is not None:
+            policy = evolve(policy, backend=self._backend, backend_from="context")
+        if self._prefer:
+            policy = evolve(policy, prefer=self._prefer, prefer_from="context")
+        self._tokens.append(_context.set(policy))
+
+    def __exit__(self, *_: object) -> None:
+        _context.reset(self._tokens.pop())
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        """The function under this policy; a coroutine function while its coroutine runs."""
+
+        def again() -> use:
+            return use(self._backend, prefer=self._prefer, block=self._block)
+
+        if inspect.iscoroutinefunction(function):
+
+            @wraps(function)
+            async def awaited(*args: P.args, **kwargs: P.kwargs) -> Any:
+                with again():
+                    return await function(*args, **kwargs)
+
+            return cast("Callable[P, R]", awaited)
+
+        @wraps(function)
+        def called(*args: P.args, **kwargs: P.kwargs) -> R:
+            with again():
+                return function(*args, **kwargs)
+
+        return called
+
+    def __repr__(self) -> str:
+        return f"longspan.use(backend={self._backend!r}, prefer={self._prefer!r}, block={self._block!r})"
 
 
 def _name(value: object) -> str:
@@ -76,7 +113,7 @@ def _listed(argument: str, value: object) -> tuple[str, ...]:
     found = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (None,)
     named = tuple(name for name in found if isinstance(name, str) and name)
     if len(named) != len(found):
-        raise PolicyError(f"use({argument}={value!r}): want backend names, e.g. {argument}=('sdpa',)")
+        raise PolicyError(f"{argument}={value!r}: want backend names. Next: write e.g. use({argument}=('sdpa',))")
     return named
 
 
@@ -143,12 +180,17 @@ def names(variable: str, environ: Mapping[str, str] | None = None) -> tuple[str,
         return ()
     found = tuple(part.strip() for part in text.split(","))
     for name in found:
-        if not name or not name.isascii() or not name.replace("_", "").replace("-", "").replace(".", "").isalnum():
+        if not is_name(name):
             raise PolicyError(
                 f"{variable}={text!r}: entry {name!r} is no backend name. "
                 f"Next: give names separated by commas, e.g. {variable}=sdpa, or unset it"
             )
     return found
+
+
+def is_name(value: object) -> bool:
+    """Whether a backend may be called so: ASCII letters, digits, `_`, `-` and `.`."""
+    return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_.-]+", value) is not None
 
 
 def flag(variable: str, environ: Mapping[str, str] | None = None) -> bool:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from longspan.errors import BackendUnavailable, UnknownBackend
 from longspan.policy import Policy
 from longspan.spec import Candidate, Capabilities, Device, Problem, Reason, Resolution, Verdict
 
-__all__ = ["demand", "refusals", "resolve"]
+__all__ = ["demand", "is_native", "refusals", "resolve"]
 
 
-def resolve(problem: Problem, candidates: Sequence[Candidate], policy: Policy) -> Resolution:
+def resolve(
+    problem: Problem,
+    candidates: Sequence[Candidate],
+    policy: Policy,
+    known_refusals: Mapping[str, tuple[Reason, ...]] = MappingProxyType({}),
+) -> Resolution:
     """Choose a backend. Touches no device: a CPU machine can ask for any GPU.
+
+    `known_refusals` are reasons against backends, by name, that came up elsewhere.
 
     Order: block, then the backend named (argument, context, environment), then preferences, then native support of
     the pattern, tier, name. A named backend that does not fit is not replaced: `chosen` is None.
@@ -26,7 +34,7 @@ def resolve(problem: Problem, candidates: Sequence[Candidate], policy: Policy) -
     verdicts: dict[str, Verdict] = {}
     eligible: list[Candidate] = []
     for candidate in candidates:
-        hard = (*_state(candidate, policy), *refusals(problem, candidate))
+        hard = (*_state(candidate, policy), *refusals(problem, candidate), *known_refusals.get(candidate.name, ()))
         soft = () if hard or candidate.name in consent else _not_by_auto(candidate)
         verdicts[candidate.name] = Verdict(candidate.name, not hard, (*hard, *soft))
         if not hard and not soft:
@@ -85,6 +93,29 @@ def refusals(problem: Problem, candidate: Candidate) -> tuple[Reason, ...]:
     return (*found, *candidate.unsupported(problem)) if not found else tuple(found)
 
 
+def native_refusals(problem: Problem, can: Capabilities) -> list[Reason]:
+    """Why a kernel that runs the pattern natively does not take the problem as it is."""
+    fix = "choose another backend"
+    found = []
+    if problem.documents is not None and not can.documents:
+        found.append(Reason("documents", "cu_seqlens", "packed documents", "one document", fix))
+    if problem.kv_heads != problem.heads and not can.gqa:
+        heads = f"{problem.kv_heads} for {problem.heads} query heads"
+        found.append(Reason("gqa", "kv_heads", heads, "as many as query heads", fix))
+    shifted = problem.query_offset or problem.q_len != problem.kv_len
+    if shifted and (problem.is_causal or problem.pattern.positional) and not can.query_offset:
+        found.append(Reason("query_offset", "query_offset", str(problem.query_offset), "as many queries as keys", fix))
+    if problem.dropout_p:
+        found.append(Reason("dropout", "dropout_p", str(problem.dropout_p), "0.0", "pass dropout_p=0.0"))
+    return found
+
+
+def is_native(problem: Problem, can: Capabilities) -> bool:
+    """Whether the backend's kernel takes the problem as it is, so that the core need not lower it."""
+    some = 0 not in (problem.batch, problem.heads, problem.q_len, problem.kv_len)
+    return some and can.runs(problem.pattern.kind) and not native_refusals(problem, can)
+
+
 def _device(device: Device, can: Capabilities) -> list[Reason]:
     if any(device.matches(wanted) for wanted in can.devices):
         return []
@@ -112,8 +143,11 @@ def _numbers(problem: Problem, can: Capabilities) -> list[Reason]:
 def _arguments(problem: Problem, can: Capabilities) -> list[Reason]:
     found = []
     kind = problem.pattern.kind
-    if not can.runs(kind) and "dense" not in can.patterns:
-        found.append(Reason("pattern", "pattern", kind, " or ".join(can.patterns), "choose another backend"))
+    if "dense" not in can.patterns:  # no kernel to lower to
+        if can.runs(kind):
+            found += native_refusals(problem, can)
+        else:
+            found.append(Reason("pattern", "pattern", kind, " or ".join(can.patterns), "choose another backend"))
     if problem.is_causal and not can.causal:
         found.append(Reason("causal", "is_causal", "True", "False", "choose another backend"))
     if problem.dropout_p and not can.dropout:
@@ -128,6 +162,8 @@ def _state(candidate: Candidate, policy: Policy) -> tuple[Reason, ...]:
     info = candidate.info
     if info.name in policy.block:
         return (Reason("blocked", "backend", f"{info.name}, blocked", "a backend not blocked", "lift the block"),)
+    if info.state == "blocked":
+        return (Reason("blocked", "backend", info.error, "a backend that may be loaded", "change that variable"),)
     if info.state != "loaded":
         fix = f"mend or uninstall {info.distribution}" if info.distribution else "see `longspan backends`"
         return (Reason(info.state, "backend", info.error or info.state, "a loaded plugin", fix),)

@@ -9,14 +9,15 @@ from torch import Tensor
 
 from longspan.autograd import Runner
 from longspan.buffers import Workspace
+from longspan.contract import check_result
 from longspan.discovery import registry
 from longspan.dropout import Draw
 from longspan.errors import PluginError
 from longspan.execution import Step, run_backward, run_forward
 from longspan.layout import Call, Layout
-from longspan.lowering import lower
-from longspan.patterns import Dense
-from longspan.spec import Capabilities, Kernel, Problem
+from longspan.lowering import dense_problem, lower
+from longspan.resolve import is_native
+from longspan.spec import Kernel, Problem
 
 __all__ = ["DirectRunner", "LoweredRunner", "make_runner"]
 
@@ -29,20 +30,22 @@ def make_runner(problem: Problem, backend: str) -> DirectRunner | LoweredRunner:
     """
     can = registry.capabilities(backend)
     layout = _layout(problem, backend)
-    if _native(problem, can):
-        return DirectRunner(problem, layout, _kernel(problem, layout, backend))
+    if is_native(problem, can):
+        return DirectRunner(problem, layout, _kernel(problem, layout, backend), backend)
     if not isinstance(layout, Layout):
-        raise PluginError(
-            f"{backend}'s longspan_pattern returned {type(layout).__name__} for a problem that its kernel does not "
-            f"take natively ({problem}). Next: return None there, so that the core lowers it"
-        )
+        if not can.runs(problem.pattern.kind):
+            raise PluginError(
+                f"{backend}'s longspan_pattern returned {type(layout).__name__} for {problem.pattern.kind!r}, which it "
+                "does not declare. Next: return None there, or declare it in Capabilities.patterns"
+            )
+        layout = lower(problem)  # the backend's own layout is for problems that its kernel takes natively
     made: dict[Problem, Step] = {}
     steps = []
     for call in layout.calls:
-        dense = _dense_problem(problem, call, can)
+        dense = dense_problem(problem, call, can.gqa)
         if dense not in made:
             kernel = _kernel(dense, lower(dense), backend)
-            made[dense] = Step(kernel, gqa=can.gqa, is_causal=dense.is_causal, scale=dense.scale)
+            made[dense] = Step(kernel, backend, gqa=can.gqa, is_causal=dense.is_causal, scale=dense.scale)
         steps.append(made[dense])
     return LoweredRunner(layout, steps)
 
@@ -75,8 +78,8 @@ class LoweredRunner(Runner):
 class DirectRunner(Runner):
     """Runs one kernel that takes the problem as it is."""
 
-    def __init__(self, problem: Problem, layout: Any, kernel: Kernel) -> None:
-        self.layout, self._problem = layout, problem
+    def __init__(self, problem: Problem, layout: Any, kernel: Kernel, backend: str) -> None:
+        self.layout, self._problem, self._backend, self._checked = layout, problem, backend, False
         self._kernel_forward, self._kernel_backward = kernel.forward, kernel.backward
         self._lowered: LoweredRunner | None = None
 
@@ -84,7 +87,11 @@ class DirectRunner(Runner):
         """`(out, lse)`."""
         if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
             query, key, value = _unit(query), _unit(key), _unit(value)
-        return self._kernel_forward(query, key, value)
+        result = self._kernel_forward(query, key, value)
+        if not self._checked:
+            check_result(self._backend, result, query)
+            self._checked = True
+        return result
 
     def backward(
         self,
@@ -110,25 +117,12 @@ def _blockwise(call: Call, scale: float) -> Step:
     def forward(*_: Tensor) -> tuple[Tensor, Tensor]:
         raise AssertionError("only the backward is asked for")
 
-    return Step(Kernel(forward), gqa=True, is_causal=call.is_causal, scale=scale)
+    return Step(Kernel(forward), "the core", gqa=True, is_causal=call.is_causal, scale=scale)
 
 
 def _unit(tensor: Tensor) -> Tensor:
     """Kernels may rely on a last dimension without gaps."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _native(problem: Problem, can: Capabilities) -> bool:
-    """Whether the backend's kernel takes the problem as it is."""
-    shifted = problem.query_offset or problem.q_len != problem.kv_len
-    return (
-        can.runs(problem.pattern.kind)
-        and 0 not in (problem.batch, problem.heads, problem.q_len, problem.kv_len)
-        and (can.gqa or problem.heads == problem.kv_heads)
-        and (can.documents or problem.documents is None)
-        and (can.query_offset or not (shifted and (problem.is_causal or problem.pattern.positional)))
-        and not problem.dropout_p  # its mask needs each launch's positions
-    )
 
 
 def _layout(problem: Problem, backend: str) -> Any:
@@ -153,19 +147,4 @@ def _kernel(problem: Problem, layout: Any, backend: str) -> Kernel:
     raise PluginError(
         f"{backend}'s longspan_kernel returned {type(kernel).__name__}; want a callable or a Kernel. "
         "Next: return the function that computes (out, lse)"
-    )
-
-
-def _dense_problem(problem: Problem, call: Call, can: Capabilities) -> Problem:
-    """The dense problem that a call poses to the kernel; batch and heads as they come without folding."""
-    return problem.replace(
-        pattern=Dense(),
-        batch=problem.batch * call.queries.count,
-        heads=call.heads.count,
-        kv_heads=call.kv_heads.count if can.gqa else call.heads.count,
-        q_len=call.queries.length,
-        kv_len=call.keys.length,
-        is_causal=call.is_causal,
-        documents=None,
-        query_offset=0,
     )

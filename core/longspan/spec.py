@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from attrs import asdict, evolve, field, frozen
+from attrs import Factory, asdict, evolve, field, frozen
 
 from longspan.errors import ArgumentError
-from longspan.inputs import check_inputs, check_number
+from longspan.inputs import check_boundaries, check_inputs, check_number
 from longspan.patterns import Dense, Pattern
 
 __all__ = [
@@ -130,6 +130,14 @@ def _dtype(value: Any) -> str:
     return name
 
 
+def _usual_scale(head_dim: Any) -> float:
+    return 1.0 / math.sqrt(head_dim) if isinstance(head_dim, int) and head_dim > 0 else 1.0
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 @frozen(kw_only=True, cache_hash=True)
 class Problem:
     """Everything that decides which backend fits: shapes, dtype, device, pattern and arguments. Frozen and hashable.
@@ -142,27 +150,20 @@ class Problem:
     heads: int
     q_len: int
     head_dim: int
-    kv_heads: int = -1
-    kv_len: int = -1
+    kv_heads: int = Factory(lambda self: self.heads, takes_self=True)
+    kv_len: int = Factory(lambda self: self.q_len, takes_self=True)
     dtype: str = field(default="float32", converter=_dtype)
     device: Device = field(default=Device("cpu"), converter=_device)
     pattern: Pattern = Dense()
     is_causal: bool = False
-    scale: float = math.nan
+    scale: float = Factory(lambda self: _usual_scale(self.head_dim), takes_self=True)
     dropout_p: float = 0.0
-    documents: tuple[int, ...] | None = None
+    documents: tuple[int, ...] | None = field(default=None, converter=_hashable)
     query_offset: int = 0
     requires_grad: bool = False
     deterministic: bool = False
 
     def __attrs_post_init__(self) -> None:
-        put = object.__setattr__  # frozen: fill in what follows from the other fields
-        if self.kv_heads < 0:
-            put(self, "kv_heads", self.heads)
-        if self.kv_len < 0:
-            put(self, "kv_len", self.q_len)
-        if math.isnan(self.scale):
-            put(self, "scale", 1.0 / math.sqrt(self.head_dim) if self.head_dim else 1.0)
         _check_problem(self)
 
     @classmethod
@@ -199,25 +200,33 @@ class Problem:
             ArgumentError: names the argument, what was given and what would do.
         """
         fields = check_inputs(
-            query, key, value, enable_gqa=enable_gqa, cu_seqlens=cu_seqlens, query_offset=query_offset
+            query,
+            key,
+            value,
+            cu_seqlens=cu_seqlens,
+            query_offset=query_offset,
+            enable_gqa=enable_gqa,
+            is_causal=is_causal,
         )
         pattern = Dense() if pattern is None else pattern
         if not isinstance(pattern, Pattern):
             raise ArgumentError("pattern", repr(pattern), "a longspan pattern", "e.g. longspan.Dense()")
         if fields["q_len"] != fields["kv_len"] and query_offset is None and (is_causal or pattern.positional):
+            last = fields["kv_len"] - fields["q_len"]
             raise ArgumentError(
                 "query_offset",
                 f"None with {fields['q_len']} queries and {fields['kv_len']} keys",
                 "the position of the first query, for what depends on positions",
-                f"query_offset=0 aligns the first query with the first key (top left), "
-                f"query_offset={fields['kv_len'] - fields['q_len']} the last with the last (bottom right)",
+                "query_offset=0 aligns the first query with the first key (top left), "
+                + (f"query_offset={last} the last with the last" if last >= 0 else "give more keys to align the last")
+                + " (bottom right)",
             )
         return cls(
             device=Device.of(query.device),
             pattern=pattern,
-            is_causal=bool(is_causal),
-            scale=math.nan if scale is None else check_number("scale", scale),
-            dropout_p=check_number("dropout_p", dropout_p),
+            is_causal=is_causal,
+            scale=_usual_scale(fields["head_dim"]) if scale is None else scale,
+            dropout_p=dropout_p,
             requires_grad=torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
             deterministic=torch.are_deterministic_algorithms_enabled(),
             **fields,
@@ -240,12 +249,11 @@ class Problem:
 
 
 def _check_problem(problem: Problem) -> None:
-    for name in ("batch", "heads", "kv_heads", "q_len", "kv_len"):
+    for name in ("batch", "heads", "kv_heads", "q_len", "kv_len", "head_dim", "query_offset"):
         value = getattr(problem, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ArgumentError(name, repr(value), "an integer of at least 0")
-    if problem.head_dim < 1:
-        raise ArgumentError("head_dim", problem.head_dim, "at least 1", "give query a last dimension of at least 1")
+        least = 1 if name == "head_dim" else 0
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ArgumentError(name, repr(value), f"an integer of at least {least}")
     if not isinstance(problem.pattern, Pattern):
         raise ArgumentError("pattern", repr(problem.pattern), "a longspan pattern", "e.g. longspan.Dense()")
     if problem.kv_heads and problem.heads % problem.kv_heads:
@@ -255,12 +263,11 @@ def _check_problem(problem: Problem) -> None:
             "a divisor of the number of query heads",
             "repeat or drop key heads until they divide",
         )
-    if not math.isfinite(problem.scale):
-        raise ArgumentError("scale", problem.scale, "a finite number")
-    if not 0.0 <= problem.dropout_p < 1.0:
+    check_number("scale", problem.scale)
+    if not 0.0 <= check_number("dropout_p", problem.dropout_p) < 1.0:
         raise ArgumentError("dropout_p", problem.dropout_p, "a probability of at least 0 and below 1")
-    if problem.query_offset < 0:
-        raise ArgumentError("query_offset", problem.query_offset, "a position of at least 0")
+    if problem.documents is not None:
+        check_boundaries(problem.documents, problem.q_len, problem.kv_len)
     if problem.query_offset and problem.documents is not None:
         want = "0 or None with cu_seqlens: positions count from each document's start"
         raise ArgumentError("query_offset", problem.query_offset, want, "leave it out")
@@ -318,11 +325,18 @@ class Capabilities:
         return kind in self.patterns or (kind == "window" and self.window)
 
     def __attrs_post_init__(self) -> None:
-        unknown = sorted(set(self.dtypes) - set(DTYPES))
+        unknown = [name for name in self.dtypes if name not in DTYPES]
         if unknown:
             raise ArgumentError("Capabilities.dtypes", unknown, "names out of " + ", ".join(DTYPES))
+        numbers: dict[str, Any] = {name: getattr(self, name) for name in ("head_dim_min", "head_dim_multiple")}
+        if self.head_dim_max is not None:
+            numbers["head_dim_max"] = self.head_dim_max
+        for name, value in (*numbers.items(), ("tier", self.tier), ("api", self.api)):
+            if not isinstance(value, int) or isinstance(value, bool) or (name in numbers and value < 1):
+                want = "an integer of at least 1" if name in numbers else "an integer"
+                raise ArgumentError(f"Capabilities.{name}", repr(value), want)
         for device in self.devices:
-            if not re.fullmatch(r"[a-z]+(?:(>=|<=|==|<|>)\d+\.\d+)?", device):
+            if not re.fullmatch(r"[a-z]+(?:(>=|<=|==|<|>)\d+\.\d+)?", str(device)):
                 raise ArgumentError("Capabilities.devices", repr(device), "a form such as cpu, cuda or cuda>=8.0")
 
 
@@ -404,6 +418,7 @@ class Candidate:
 
     info: BackendInfo
     unsupported: Callable[[Problem], Iterable[Reason]] = field(default=_no_reasons, repr=False, eq=False)
+    refuses: bool = False  # brings reasons of its own
 
     @property
     def name(self) -> str:

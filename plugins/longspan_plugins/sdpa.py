@@ -7,6 +7,7 @@ blockwise arithmetic. Called by name, so that what runs is what was chosen.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -36,16 +37,26 @@ def longspan_capabilities() -> Capabilities:
 
 @hookimpl
 def longspan_kernel(problem: Problem) -> Kernel:
-    """The operator that takes this problem; dropout by position is beyond all of them."""
+    """The operator that takes this problem.
+
+    Dropout by position is beyond all of them, and so is a scale that is not positive: they mask with -inf before they
+    multiply.
+    """
     given: dict[str, Any] = {"is_causal": problem.is_causal, "scale": problem.scale}
-    if problem.device.type == "cpu" and not problem.dropout_p:
-        return Kernel(partial(_cpu_forward, **given), partial(_cpu_backward, **given))
-    if problem.device.type in ("cuda", "rocm") and not problem.dropout_p:
-        if _takes_flash(problem):
-            return Kernel(partial(_flash_forward, **given), partial(_flash_backward, **given))
-        if problem.dtype != "float64" and problem.head_dim % 8 == 0:
-            return Kernel(partial(_efficient_forward, **given), partial(_efficient_backward, **given))
-    return Kernel(partial(blockwise.forward, **given), partial(blockwise.backward, **given))
+    forward, backward = _operators(problem)
+    return Kernel(partial(forward, **given), partial(backward, **given))
+
+
+def _operators(problem: Problem) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    device = problem.device.type
+    if not problem.dropout_p and problem.scale > 0:
+        if device == "cpu":
+            return _cpu_forward, _cpu_backward
+        if device in ("cuda", "rocm") and _takes_flash(problem):
+            return _flash_forward, _flash_backward
+        if device in ("cuda", "rocm") and problem.dtype != "float64" and problem.head_dim % 8 == 0:
+            return _efficient_forward, _efficient_backward
+    return blockwise.forward, blockwise.backward
 
 
 def _takes_flash(problem: Problem) -> bool:

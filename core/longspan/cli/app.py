@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from longspan import LongspanError, __version__
+from longspan import LongspanError, PluginWarning, __version__
 from longspan.cli import output
 from longspan.cli.backends import backends
 from longspan.cli.demo import demo
@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     with warnings.catch_warnings():
         warnings.showwarning = output.warn
+        warnings.simplefilter("always", PluginWarning)  # a broken plugin is said, whatever this process filters
         try:
             app(args=arguments)
         except LongspanError as error:

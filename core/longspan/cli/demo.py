@@ -36,9 +36,7 @@ def demo(
     Exit code 1 where a backend's result is further from the float64 oracle than it may be.
     """
     with output.quiet_stdout(), _progress() as on_step:
-        report = run(
-            text, tokens=tokens, backend=backend, device=device, dtype=dtype, seed=seed, on_step=on_step
-        )
+        report = run(text, tokens=tokens, backend=backend, device=device, dtype=dtype, seed=seed, on_step=on_step)
     if as_json:
         print(json.dumps(report.to_dict(), indent=2, allow_nan=False))
     else:
@@ -59,7 +57,7 @@ def _progress() -> Iterator[OnStep]:
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     # A bar that is drawn often would take its share of the cores that are being timed.
     with Progress(*columns, console=console, transient=True, refresh_per_second=4) as bar:
-        task = bar.add_task("starting")
+        task = bar.add_task("starting", total=None)
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 

@@ -29,7 +29,9 @@ def explain(
     device: Annotated[
         str, typer.Option(help="cpu, cuda, sm_61, sm_90, gfx942, mps, ...: need not be on this machine.")
     ] = "cpu",
-    pattern: Annotated[str, typer.Option(help="dense, or dilated:2048/1,4096/2[:grouped][:block].")] = "dense",
+    pattern: Annotated[
+        str, typer.Option(help="dense, window:512,0 or dilated:2048/1,4096/2[:grouped][:block].")
+    ] = "dense",
     causal: Annotated[bool, typer.Option("--causal", help="Key position <= query position.")] = False,
     query_offset: Annotated[
         int | None, typer.Option(help="Position of the first query, for fewer or more queries than keys.")
@@ -116,6 +118,6 @@ def _show(resolution: Resolution) -> None:
 def _work(problem: Problem) -> str:
     """How much there is to compute, which does not depend on the backend."""
     layout = lower(problem)
-    dense = lower(problem.replace(pattern=longspan.Dense())).pairs
-    share = f", {layout.pairs / dense:.1%} of dense attention's" if dense else ""
+    dense = lower(problem.replace(pattern=longspan.Dense()))
+    share = f", {layout.pairs / dense.pairs:.1%} of dense attention's" if dense.pairs and layout != dense else ""
     return f"work: {layout}{share}"

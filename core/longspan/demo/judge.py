@@ -39,13 +39,13 @@ class Judge:
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, pattern: Dilated, rows: Tensor) -> None:
         self.rows = rows
-        on_cpu = (tensor.cpu() for tensor in (query, key, value))  # not every device has float64
-        self._want, lse = oracle(*on_cpu, pattern, is_causal=True, rows=rows, return_lse=True)
+        self._want, lse = oracle(  # on the CPU: not every device has float64
+            query.cpu(), key.cpu(), value.cpu(), pattern, is_causal=True, rows=rows, return_lse=True
+        )
         self.naive_error = self._error_of(_naive(query, key, value, pattern, rows))
         # Few keys in sight: naive torch may be right by luck, but to round the result once is always allowed.
         own = max(NAIVE * self.naive_error, torch.finfo(query.dtype).eps)
-        wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-        self.tolerance = own + ROUNDING * torch.finfo(wide).eps * max(1.0, float(lse.abs().max()))
+        self.tolerance = own + ROUNDING * torch.finfo(_wide(query)).eps * max(1.0, float(lse.abs().max()))
 
     def error(self, out: Tensor) -> float:
         """The largest relative error of any sampled row in any head: |got - want| / |want|, 2-norms. NaN stays NaN."""
@@ -61,10 +61,15 @@ def _naive(query: Tensor, key: Tensor, value: Tensor, pattern: Dilated, rows: Te
     """The rows as anyone would write them down, every step in the inputs' dtype."""
     heads, length, head_dim = query.shape[1:]
     parts = []
-    for some in rows.split(max(1, COUNTS_BYTES // (8 * heads * length))):
+    for some in torch.split(rows, max(1, COUNTS_BYTES // (8 * heads * length))):
         counts = visible(pattern, heads, length, length, is_causal=True, rows=some, device=query.device)
         scores = query[:, :, some.to(query.device)] @ key.transpose(-1, -2) / head_dim**0.5
         # A key that two branches show weighs twice: a factor on its softmax term, so a summand on its score.
-        scores += counts.log().to(query.dtype)
+        scores += counts.to(_wide(query)).log().to(query.dtype)
         parts.append(scores.softmax(-1) @ value)
     return torch.cat(parts, 2)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """The dtype of the tensor's log-sum-exp."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -9,7 +9,7 @@ import torch
 from longspan.errors import ArgumentError
 from longspan.spec import DTYPES, Device
 
-__all__ = ["check_room", "choose_device", "choose_dtype", "describe"]
+__all__ = ["check_room", "check_seed", "choose_device", "choose_dtype", "describe"]
 
 
 def choose_device(text: str) -> torch.device:
@@ -51,19 +51,35 @@ def choose_dtype(text: str) -> torch.dtype:
     return dtype
 
 
-def check_room(tokens: int, width: int, dtype: torch.dtype) -> None:
-    """Refuse more tokens than memory holds, where the system says how much is free (Linux): it would kill the process.
+def check_seed(seed: int) -> None:
+    """Refuse what torch's generators do not take.
 
-    Counted are query, key and value, the result, the sums that become it in float32 or wider, and the tokens.
+    Raises:
+        ArgumentError: a number below 0 or of 64 bits and more.
+    """
+    if not 0 <= seed < 2**63:
+        raise ArgumentError("--seed", str(seed), "a whole number from 0 to 2**63 - 1", "e.g. --seed 0")
+
+
+def check_room(tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse more tokens than memory holds, where the system says how much is free: to try would kill the process.
+
+    Counted are query, key and value, and the float64 copies of key and value by which the oracle checks them, which is
+    more than a backend's result takes.
 
     Raises:
         ArgumentError: too many tokens; the message says how many would fit.
     """
-    free = _free_bytes()
-    line = width * (4 * dtype.itemsize + max(4, dtype.itemsize)) + 1024
-    if free is not None and tokens * line > free:
-        got = f"{tokens:,} tokens, which need {tokens * line / 2**30:,.1f} GiB with {free / 2**30:,.1f} GiB free"
-        raise ArgumentError("--tokens", got, f"at most {free // line:,} tokens", "ask for fewer, e.g. --tokens 131072")
+    line = width * (3 * dtype.itemsize + 2 * 8) + 1024
+    free = [("memory", _free_bytes())]
+    if device.type == "cuda":
+        free.append((f"memory of {device}", torch.cuda.mem_get_info(device)[0]))
+    for name, size in free:
+        if size is not None and tokens * line > size:
+            got = (
+                f"{tokens:,} tokens, which need {tokens * line / 2**30:,.1f} GiB of {size / 2**30:,.1f} GiB free {name}"
+            )
+            raise ArgumentError("--tokens", got, f"at most {size // line:,} tokens", "ask for fewer, or free memory")
 
 
 def _free_bytes() -> int | None:

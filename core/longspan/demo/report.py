@@ -50,8 +50,8 @@ class Row:
 class Report:
     """The whole run: what was computed on what, the dense baseline, a row a backend, and who auto would have taken.
 
-    `tolerance` is the largest relative error that passes: twice `naive_error`, which naive torch in the same dtype makes
-    on the same rows, and two roundings of the log-sum-exp.
+    `tolerance` is the largest relative error that passes: twice `naive_error`, which naive torch in the same dtype
+    makes on the same rows, and two roundings of the log-sum-exp.
     """
 
     text: str

@@ -11,7 +11,7 @@ import torch
 from longspan.demo.baseline import measure_dense
 from longspan.demo.embedding import embed
 from longspan.demo.judge import Judge, sample_rows
-from longspan.demo.place import check_room, choose_device, choose_dtype, describe
+from longspan.demo.place import check_room, check_seed, choose_device, choose_dtype, describe
 from longspan.demo.report import Report
 from longspan.demo.text import read_text
 from longspan.demo.trial import Trial
@@ -67,8 +67,9 @@ def run(
     """
     start = time.perf_counter()
     where, kind = choose_device(device), choose_dtype(dtype)
+    check_seed(seed)
     source = read_text(text, tokens)
-    check_room(len(source), HEADS * HEAD_DIM, kind)
+    check_room(len(source), HEADS * HEAD_DIM, kind, where)
     problem = Problem(
         batch=1,
         heads=HEADS,

@@ -1,0 +1,31 @@
+"""What a kernel must return, checked the first time it runs: a wrong shape would broadcast and go unnoticed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspan.errors import PluginError
+
+__all__ = ["check_result"]
+
+
+def check_result(backend: str, result: Any, query: Tensor) -> None:
+    """Refuse what is not `(out, lse)` of the kernel contract.
+
+    Raises:
+        PluginError: names the backend, what its kernel returned and what the contract wants.
+    """
+    lse_dtypes = (torch.float64,) if query.dtype == torch.float64 else (torch.float32, torch.float64)
+    wanted = f"out {tuple(query.shape)} {query.dtype} and lse {tuple(query.shape[:3])} {lse_dtypes[0]}"
+    if not isinstance(result, tuple | list) or len(result) != 2 or not all(isinstance(x, Tensor) for x in result):
+        got = f"{type(result).__name__} of {len(result)}" if isinstance(result, tuple | list) else type(result).__name__
+    else:
+        out, lse = result
+        right = out.shape == query.shape and out.dtype == query.dtype
+        if right and lse.shape == query.shape[:3] and lse.dtype in lse_dtypes:
+            return
+        got = f"out {tuple(out.shape)} {out.dtype} and lse {tuple(lse.shape)} {lse.dtype}"
+    raise PluginError(f"{backend}'s kernel returned {got}; want {wanted}. Next: mend the kernel")
