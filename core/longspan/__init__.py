@@ -22,6 +22,7 @@ from longspan.errors import (
 from longspan.explain import explain
 from longspan.hookspecs import hookimpl
 from longspan.layout import Layout
+from longspan.merge import merge_
 from longspan.patterns import Dense, Dilated, Pattern, SlidingWindow, parse_pattern
 from longspan.plan import Plan, plan
 from longspan.policy import use
@@ -75,6 +76,7 @@ __all__ = [
     "blockwise",
     "explain",
     "hookimpl",
+    "merge_",
     "parse_pattern",
     "plan",
     "register",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longspan.errors import PluginError
 
-__all__ = ["check_result"]
+__all__ = ["check_gradients", "check_result"]
 
 
 def check_result(backend: str, result: Any, query: Tensor) -> None:
@@ -29,3 +29,19 @@ def check_result(backend: str, result: Any, query: Tensor) -> None:
             return
         got = f"out {tuple(out.shape)} {out.dtype} and lse {tuple(lse.shape)} {lse.dtype}"
     raise PluginError(f"{backend}'s kernel returned {got}; want {wanted}. Next: mend the kernel")
+
+
+def check_gradients(backend: str, result: Any, inputs: tuple[Tensor, ...]) -> None:
+    """Refuse what is not `(dquery, dkey, dvalue)` in the shapes of query, key and value.
+
+    Raises:
+        PluginError: names the backend, what its backward returned and what the contract wants.
+    """
+    wanted = " and ".join(str(tuple(x.shape)) for x in inputs)
+    if isinstance(result, tuple | list) and len(result) == 3 and all(isinstance(x, Tensor) for x in result):
+        if all(x.shape == like.shape and x.is_floating_point() for x, like in zip(result, inputs, strict=True)):
+            return
+        got = " and ".join(f"{tuple(x.shape)} {x.dtype}" for x in result)
+    else:
+        got = f"{type(result).__name__} of {len(result)}" if isinstance(result, tuple | list) else type(result).__name__
+    raise PluginError(f"{backend}'s backward returned {got}; want gradients {wanted}. Next: mend the kernel")

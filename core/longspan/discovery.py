@@ -30,6 +30,7 @@ from longspan.spec import BackendInfo, Candidate, Capabilities, Problem, Reason
 __all__ = ["GROUP", "Registry", "registry"]
 
 GROUP = "longspan.backends"
+DEFAULTS = "longspan-defaults"
 BUILTIN = "longspan"
 """The distribution whose backends auto may take unasked."""
 
@@ -178,7 +179,10 @@ class Registry:
         welcome: dict[str, list[EntryPoint]] = defaultdict(list)
         rows, unimported = [], []
         for point in sorted(points, key=lambda point: (point.name, _distribution(point))):
-            if point.name in blocked:
+            if not is_name(point.name):
+                error = "no backend name: letters, digits, _, - and . only. Next: rename the entry point"
+                rows.append(evolve(_row(point), state="broken", error=error))
+            elif point.name in blocked:
                 unimported.append(point)
                 rows.append(evolve(_row(point), error="blocked by LONGSPAN_BLOCK"))
             elif allowed and not _allowed(point, allowed):
@@ -232,7 +236,7 @@ class _Incompatible(PluginError):
 def _new_manager() -> pluggy.PluginManager:
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
-    manager.register(Defaults(), "longspan-defaults")
+    manager.register(Defaults(), DEFAULTS)
     return manager
 
 
@@ -350,7 +354,11 @@ def _after_fork() -> None:
     """A lock held by another thread at the fork would stay locked for ever in the child."""
     for one in _registries:
         one._lock = threading.RLock()
-        one._busy = False
+        if one._busy:  # the thread that was discovering is not here: what it registered has no ledger row
+            one._busy = False
+            for name, _ in one._manager.list_name_plugin():
+                if name not in one._ledger and name not in one._extensions and name != DEFAULTS:
+                    one._manager.unregister(name=name)
 
 
 if hasattr(os, "register_at_fork"):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longspan import blockwise
-from longspan.contract import check_result
+from longspan.contract import check_gradients, check_result
 from longspan.dropout import Draw, Dropout
 from longspan.layout import Call, Layout
 from longspan.merge import merge_
@@ -25,10 +25,11 @@ TEMPORARY = 16 * 2**20
 class Step:
     """A kernel with what the core knows about the dense problem that it was made for."""
 
-    __slots__ = ("_backward", "_checked", "_forward", "backend", "gqa", "is_causal", "scale")
+    __slots__ = ("_backward", "_backward_checked", "_checked", "_forward", "backend", "gqa", "is_causal", "scale")
 
     def __init__(self, kernel: Kernel, backend: str, *, gqa: bool, is_causal: bool, scale: float) -> None:
         self._forward, self.backend, self._checked = kernel.forward, backend, False
+        self._backward_checked = False
         self._backward = kernel.backward
         self.gqa, self.is_causal, self.scale = gqa, is_causal, scale
 
@@ -43,7 +44,11 @@ class Step:
     def backward(self, *tensors: Tensor, dlse: Tensor | None, **given: Any) -> tuple[Tensor, Tensor, Tensor]:
         """The kernel's backward; the core's where there is none, or where the lse has a gradient of its own."""
         if self._backward is not None and dlse is None:
-            return self._backward(*tensors, **given)
+            result = self._backward(*tensors, **given)
+            if not self._backward_checked:
+                check_gradients(self.backend, result, tensors[1:4])
+                self._backward_checked = True
+            return result
         return blockwise.backward(*tensors, is_causal=self.is_causal, scale=self.scale, dlse=dlse, **given)
 
 

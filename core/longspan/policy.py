@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -44,6 +44,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _context: ContextVar[Policy] = ContextVar("longspan_policy", default=Policy())  # noqa: B039 - frozen
+_outer: ContextVar[tuple[Policy, ...]] = ContextVar("longspan_outer_policies", default=())
 
 
 class use:
@@ -63,7 +64,6 @@ class use:
     ) -> None:
         self._backend = None if backend is None else _name(backend)
         self._prefer, self._block = _listed("prefer", prefer), _listed("block", block)
-        self._tokens: list[Token[Policy]] = []
 
     def __enter__(self) -> None:
         outer = _context.get()
@@ -72,10 +72,13 @@ class use:
             policy = evolve(policy, backend=self._backend, backend_from="context")
         if self._prefer:
             policy = evolve(policy, prefer=self._prefer, prefer_from="context")
-        self._tokens.append(_context.set(policy))
+        _outer.set((*_outer.get(), outer))
+        _context.set(policy)
 
     def __exit__(self, *_: object) -> None:
-        _context.reset(self._tokens.pop())
+        *outer, policy = _outer.get()
+        _outer.set(tuple(outer))
+        _context.set(policy)
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         """The function under this policy; a coroutine function while its coroutine runs."""
@@ -83,6 +86,11 @@ class use:
         def again() -> use:
             return use(self._backend, prefer=self._prefer, block=self._block)
 
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise PolicyError(
+                f"use() on the generator function {function.__name__!r} would end before its body runs. "
+                "Next: put the with block inside it"
+            )
         if inspect.iscoroutinefunction(function):
 
             @wraps(function)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longspan.autograd import Runner
 from longspan.buffers import Workspace
-from longspan.contract import check_result
+from longspan.contract import check_gradients, check_result
 from longspan.discovery import registry
 from longspan.dropout import Draw
 from longspan.errors import PluginError
@@ -80,6 +80,7 @@ class DirectRunner(Runner):
 
     def __init__(self, problem: Problem, layout: Any, kernel: Kernel, backend: str) -> None:
         self.layout, self._problem, self._backend, self._checked = layout, problem, backend, False
+        self._backward_checked = False
         self._kernel_forward, self._kernel_backward = kernel.forward, kernel.backward
         self._lowered: LoweredRunner | None = None
 
@@ -106,7 +107,11 @@ class DirectRunner(Runner):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`(dquery, dkey, dvalue)`."""
         if self._kernel_backward is not None and dlse is None:
-            return self._kernel_backward(*map(_unit, (dout, query, key, value, out)), lse)
+            result = self._kernel_backward(*map(_unit, (dout, query, key, value, out)), lse)
+            if not self._backward_checked:
+                check_gradients(self._backend, result, (query, key, value))
+                self._backward_checked = True
+            return result
         if self._lowered is None:  # the core's backward: for kernels without one, and for a gradient of the lse
             layout = lower(self._problem)
             self._lowered = LoweredRunner(layout, [_blockwise(call, self._problem.scale) for call in layout.calls])

@@ -7,14 +7,15 @@ blockwise arithmetic. Called by name, so that what runs is what was chosen.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longspan import Capabilities, Kernel, Problem, blockwise, hookimpl
+from longspan import Capabilities, Kernel, Problem, Reason, blockwise, hookimpl
+from longspan_plugins.flash import aten as aten_flash
 
 aten: Any = torch.ops.aten
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -32,7 +33,15 @@ def longspan_capabilities() -> Capabilities:
         dropout=True,
         backward=True,
         deterministic=True,
+        tier=10,
     )
+
+
+@hookimpl
+def longspan_unsupported(problem: Problem) -> Iterable[Reason]:
+    """bfloat16 is for devices that have it."""
+    if problem.dtype == "bfloat16" and problem.device.type == "cuda" and not problem.device.matches("cuda>=8.0"):
+        yield Reason("dtype", "dtype", "bfloat16", "float16 or float32 before sm_80", "query.half()")
 
 
 @hookimpl
@@ -53,7 +62,7 @@ def _operators(problem: Problem) -> tuple[Callable[..., Any], Callable[..., Any]
         if device == "cpu":
             return _cpu_forward, _cpu_backward
         if device in ("cuda", "rocm") and _takes_flash(problem):
-            return _flash_forward, _flash_backward
+            return aten_flash.forward, aten_flash.backward
         if device in ("cuda", "rocm") and problem.dtype != "float64" and problem.head_dim % 8 == 0:
             return _efficient_forward, _efficient_backward
     return blockwise.forward, blockwise.backward
@@ -93,37 +102,6 @@ def _finite(tensor: Tensor) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------------ cuda
-
-
-def _flash_forward(
-    query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    result = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, False, scale=scale)
-    return result[0], result[1]
-
-
-def _flash_backward(
-    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *, is_causal: bool, scale: float
-) -> Gradients:
-    state = torch.zeros(2, dtype=torch.uint64, device=query.device)  # of the dropout generator; unread without dropout
-    result: Gradients = aten._scaled_dot_product_flash_attention_backward(
-        dout,
-        query,
-        key,
-        value,
-        out,
-        lse.contiguous(),
-        None,
-        None,
-        query.shape[2],
-        key.shape[2],
-        0.0,
-        is_causal,
-        state,
-        state,
-        scale=scale,
-    )
-    return result
 
 
 def _efficient_forward(

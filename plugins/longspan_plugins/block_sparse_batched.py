@@ -1,0 +1,89 @@
+"""Attention as a fixed handful of batched products, whatever the number of blocks.
+
+Blocks of one size are a batch: scores, softmax statistics and weighted sums are one launch each over all of them, at
+most ten launches a forward. It holds the scores of a launch at once, so the core hands it launches of bounded size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from longspan import Capabilities, Kernel, Problem, Reason, hookimpl
+
+SCORES = 2**28
+"""Query-key pairs that one launch may hold."""
+
+
+@hookimpl
+def longspan_capabilities() -> Capabilities:
+    """Dense blocks on any device, with a backward of batched products too; by name."""
+    return Capabilities(
+        devices=("cpu", "cuda", "rocm", "mps", "xpu"),
+        dtypes=("float16", "bfloat16", "float32", "float64"),
+        patterns=("dense",),
+        causal=True,
+        gqa=True,
+        backward=True,
+        deterministic=True,
+        opt_in=True,
+    )
+
+
+@hookimpl
+def longspan_unsupported(problem: Problem) -> Iterable[Reason]:
+    """A single block too large to hold."""
+    pairs = problem.q_len * problem.kv_len
+    if problem.pattern.kind == "dense" and pairs > SCORES:
+        yield Reason("size", "q_len x kv_len", f"{pairs:,} scores a head", f"at most {SCORES:,}", "backend='sdpa'")
+
+
+@hookimpl
+def longspan_kernel(problem: Problem) -> Kernel:
+    """Batched products over all blocks."""
+    is_causal, scale = problem.is_causal, problem.scale
+    wide = torch.float64 if problem.dtype == "float64" else torch.float32
+
+    def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        shape = query.shape
+        scores = _scores(query, key, wide, is_causal, scale)
+        lse = scores.logsumexp(-1)
+        weights = scores.sub_(lse.unsqueeze(-1)).exp_()
+        out = weights @ _blocks(value, wide)
+        return out.view(shape).to(query.dtype), lse.view(shape[:3])
+
+    def backward(
+        dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        k, v = _blocks(key, wide), _blocks(value, wide)
+        q, do, o = (_grouped(x, key, wide) for x in (query, dout, out))
+        weights = _scores(query, key, wide, is_causal, scale)
+        weights = weights.sub_(lse.reshape(*weights.shape[:2], 1).to(wide)).exp_()
+        slope = (do @ v.mT).sub_((do * o).sum(-1, keepdim=True)).mul_(weights).mul_(scale)
+        dquery, dkey, dvalue = slope @ k, slope.mT @ q, weights.mT @ do
+        return tuple(  # type: ignore[return-value]
+            x.view(like.shape).to(like.dtype) for x, like in ((dquery, query), (dkey, key), (dvalue, value))
+        )
+
+    return Kernel(forward, backward)
+
+
+def _blocks(tensor: Tensor, wide: torch.dtype) -> Tensor:
+    """`(batch * heads, rows, head_dim)`."""
+    return tensor.flatten(0, 1).to(wide)
+
+
+def _grouped(tensor: Tensor, key: Tensor, wide: torch.dtype) -> Tensor:
+    """Query rows that share a key head, one head after the other: as many blocks as `key` has."""
+    return tensor.reshape(key.shape[0] * key.shape[1], -1, tensor.shape[-1]).to(wide)
+
+
+def _scores(query: Tensor, key: Tensor, wide: torch.dtype, is_causal: bool, scale: float) -> Tensor:
+    q, k = _grouped(query, key, wide), _blocks(key, wide)
+    if not is_causal:
+        return torch.bmm(q * scale, k.mT)
+    rows = query.shape[2]
+    hidden = torch.full((rows, rows), -torch.inf, dtype=wide, device=query.device).triu_(1)
+    return torch.baddbmm(hidden.repeat(q.shape[1] // rows, 1), q, k.mT, alpha=scale)

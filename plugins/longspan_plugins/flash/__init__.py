@@ -1,0 +1,51 @@
+"""The FlashAttention family behind one name: the FA4, FA3 or FA2 package where installed, else torch's own operator.
+
+Dao et al., arXiv 2205.14135, 2307.08691, 2407.08608. One sub-module a library; the first that takes a problem serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from longspan import Capabilities, Kernel, Problem, Reason, hookimpl
+from longspan_plugins.flash import aten, fa2, fa3, fa4
+from longspan_plugins.flash.library import Library
+
+LIBRARIES: tuple[Library, ...] = (fa4.LIBRARY, fa3.LIBRARY, fa2.LIBRARY, aten.LIBRARY)
+"""Best first."""
+
+
+@hookimpl
+def longspan_capabilities() -> Capabilities:
+    """Half precision on CUDA devices from Ampere on, with a native backward."""
+    return Capabilities(
+        devices=("cuda>=8.0",),
+        dtypes=("float16", "bfloat16"),
+        patterns=("dense",),
+        causal=True,
+        gqa=True,
+        backward=True,
+        head_dim_min=8,
+        head_dim_max=256,
+        head_dim_multiple=8,
+        deterministic=True,
+        tier=30,
+    )
+
+
+@hookimpl
+def longspan_unsupported(problem: Problem) -> Iterable[Reason]:
+    """Masking comes before scaling in these kernels."""
+    if problem.scale <= 0:
+        yield Reason("scale", "scale", str(problem.scale), "a positive number", "scale the query instead")
+
+
+@hookimpl
+def longspan_kernel(problem: Problem) -> Kernel:
+    """The kernel of the best library here; `serving` names it."""
+    return serving(problem).kernel(problem)
+
+
+def serving(problem: Problem) -> Library:
+    """The library, with its version, that serves a problem."""
+    return next(library for library in LIBRARIES if library.serves(problem))

@@ -1,0 +1,83 @@
+"""torch's FlexAttention, for dense attention and sliding windows.
+
+On CUDA it is compiled. On a CPU compiled FlexAttention returns no log-sum-exp, so it runs uncompiled there and holds
+all scores at once; problems too large for that are refused. Its own backward takes no joint log-sum-exp (and there is
+none on a CPU), so the core's blockwise backward serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspan import Capabilities, Kernel, Problem, Reason, SlidingWindow, hookimpl
+
+SCORES = 2**26
+"""Query-key pairs, over batch and heads, that are held at once on a CPU."""
+
+
+@hookimpl
+def longspan_capabilities() -> Capabilities:
+    """Dense and windowed attention, forward."""
+    return Capabilities(
+        devices=("cpu", "cuda>=8.0"),
+        dtypes=("float16", "bfloat16", "float32"),
+        patterns=("dense", "window"),
+        causal=True,
+        gqa=True,
+        head_dim_min=16,
+        head_dim_max=256,
+        head_dim_multiple=16,
+        opt_in=True,
+    )
+
+
+@hookimpl
+def longspan_unsupported(problem: Problem) -> Iterable[Reason]:
+    """What would not fit in memory uncompiled."""
+    pairs = problem.batch * problem.heads * problem.q_len * problem.kv_len
+    if problem.device.type == "cpu" and pairs > SCORES and problem.pattern.kind in ("dense", "window"):
+        want = f"at most {SCORES:,} on a CPU, where compiled FlexAttention returns no log-sum-exp"
+        yield Reason("size", "q_len x kv_len", f"{pairs:,} scores", want, "backend='sdpa'")
+
+
+@hookimpl
+def longspan_kernel(problem: Problem) -> Kernel:
+    """FlexAttention with the problem's mask."""
+    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+
+    visible = _visible(problem)
+    run: Any = torch.compile(flex_attention, dynamic=False) if problem.device.type != "cpu" else flex_attention
+
+    @lru_cache(maxsize=8)
+    def mask_for(q_len: int, kv_len: int, device: torch.device) -> Any:
+        assert visible is not None  # asked for only then
+        return create_block_mask(visible, None, None, q_len, kv_len, device=device)
+
+    def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        mask = None if visible is None else mask_for(query.shape[2], key.shape[2], query.device)
+        out, aux = run(
+            query.detach(),
+            key.detach(),
+            value.detach(),
+            block_mask=mask,
+            scale=problem.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+            return_aux=AuxRequest(lse=True),
+        )
+        return out, aux.lse.to(torch.float32)
+
+    return Kernel(forward)
+
+
+def _visible(problem: Problem) -> Callable[..., Tensor] | None:
+    """The mask function: `(batch, head, query, key) -> bool`, or None where every query sees every key."""
+    pattern, is_causal = problem.pattern, problem.is_causal
+    if isinstance(pattern, SlidingWindow):
+        left, right = pattern.left, 0 if is_causal else pattern.right
+        return lambda _b, _h, q, k: (k >= q - left) & (k <= q + right)
+    return (lambda _b, _h, q, k: k <= q) if is_causal else None

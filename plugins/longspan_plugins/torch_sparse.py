@@ -1,0 +1,77 @@
+"""Attention on torch's sparse tensors: a sampled dense-dense product, a sparse softmax, a sparse-dense product.
+
+Experimental: exact, but torch's sparse operators are slow and differ from device to device; auto never takes it. The
+mask of a dense problem is its only sparsity here: a causal triangle keeps half of the pairs, in CSR.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from longspan import Capabilities, Kernel, Problem, Reason, hookimpl
+
+PAIRS = 2**25
+"""Pairs of one head that are kept at once."""
+
+
+@hookimpl
+def longspan_capabilities() -> Capabilities:
+    """Single and double precision on a CPU."""
+    return Capabilities(
+        devices=("cpu",),
+        dtypes=("float32", "float64"),
+        patterns=("dense",),
+        causal=True,
+        experimental=True,
+        opt_in=True,
+    )
+
+
+@hookimpl
+def longspan_unsupported(problem: Problem) -> Iterable[Reason]:
+    """Heads too large to hold."""
+    pairs = problem.q_len * problem.kv_len
+    if problem.pattern.kind == "dense" and pairs > PAIRS:
+        yield Reason("size", "q_len x kv_len", f"{pairs:,} pairs a head", f"at most {PAIRS:,}", "backend='sdpa'")
+
+
+@hookimpl
+def longspan_kernel(problem: Problem) -> Kernel:
+    """One head at a time, over the CSR pattern that all heads share."""
+    scale = problem.scale
+
+    def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        pattern = _pattern(query.shape[2], key.shape[2], problem.is_causal)
+        out = torch.empty(query.shape, dtype=query.dtype)
+        lse = torch.empty(query.shape[:3], dtype=query.dtype)
+        for b in range(query.shape[0]):
+            for h in range(query.shape[1]):
+                out[b, h], lse[b, h] = _head(pattern, query[b, h] * scale, key[b, h], value[b, h])
+        return out, lse
+
+    return Kernel(forward)
+
+
+@lru_cache(maxsize=8)
+def _pattern(rows: int, columns: int, is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Row pointers and column numbers of the kept pairs, and the row of each pair."""
+    counts = torch.arange(1, rows + 1).clamp_(max=columns) if is_causal else torch.full((rows,), columns)
+    pointers = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    row = torch.repeat_interleave(counts)
+    return pointers, torch.arange(int(pointers[-1])) - pointers[row], row
+
+
+def _head(pattern: tuple[Tensor, Tensor, Tensor], query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    pointers, columns, row = pattern
+    size = (query.shape[0], key.shape[0])
+    sample = torch.sparse_csr_tensor(pointers, columns, torch.zeros(len(columns), dtype=query.dtype), size)
+    scores = torch.sparse.sampled_addmm(sample, query.contiguous(), key.t().contiguous(), beta=0.0).values()
+    largest = torch.segment_reduce(scores, "max", offsets=pointers)
+    weights = (scores - largest[row]).exp_()
+    total = torch.zeros_like(largest).index_add_(0, row, weights)
+    product = torch.sparse_csr_tensor(pointers, columns, weights / total[row], size) @ value
+    return product, largest + total.log()

@@ -1,0 +1,263 @@
+"""The README's code runs, its commands are the ones that CI runs, and its links and names exist."""
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import longspan as ls
+from longspan.testing import oracle as dense_oracle
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+class Block(NamedTuple):
+    """A fenced code block: the HTML comment right before it, its language, its text and the line it begins on."""
+
+    marker: str
+    language: str
+    text: str
+    line: int
+
+
+def blocks(text: str) -> list[Block]:
+    fence = re.compile(r"(?:^<!-- (?P<marker>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
+    return [
+        Block(match["marker"] or "", match["language"], match["text"], text.count("\n", 0, match.start("text")) + 1)
+        for match in fence.finditer(text)
+    ]
+
+
+BLOCKS = blocks(README)
+PYTHON = [block for block in BLOCKS if block.language == "python"]
+MODULE = re.compile(r"# (?P<name>\w+)\.py\n")  # a block that opens with a file's name is that file
+
+
+def execute(block: Block, namespace: dict[str, object]) -> None:
+    # Blank lines first, so that a traceback points at the README's own line.
+    exec(compile("\n" * (block.line - 1) + block.text, str(ROOT / "README.md"), "exec"), namespace)
+
+
+def oracle(namespace: dict[str, object]) -> torch.Tensor:
+    """The float64 answer for what the README computes: query, key, value, pattern, causal."""
+    query, key, value = (namespace[name] for name in ("query", "key", "value"))
+    result = dense_oracle(query, key, value, namespace["pattern"], is_causal=True)
+    return result[0] if isinstance(result, tuple) else result
+
+
+class Session:
+    """The README read from the top: its modules are importable and its other Python blocks share one namespace."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.namespace: dict[str, object] = {}
+        self.kernel_calls = 0
+        ops = types.ModuleType("acme.ops")
+        ops.forward = self.forward  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "acme", types.ModuleType("acme"))
+        monkeypatch.setitem(sys.modules, "acme.ops", ops)
+        for block in PYTHON:
+            if match := MODULE.match(block.text):
+                module = types.ModuleType(match["name"])
+                execute(block, module.__dict__)
+                monkeypatch.setitem(sys.modules, match["name"], module)
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The kernel that the README imagines: plain dense attention."""
+        self.kernel_calls += 1
+        scores = (q @ k.transpose(-1, -2)) * scale
+        if causal:
+            scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
+        lse = torch.logsumexp(scores, -1)
+        return (scores - lse[..., None]).exp() @ v, lse
+
+    def run(self, block: Block) -> None:
+        execute(block, self.namespace)
+
+
+@pytest.fixture
+def session(monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
+    monkeypatch.delenv("LONGSPAN_BACKEND", raising=False)
+    torch.manual_seed(0)
+    yield Session(monkeypatch)
+    if any(info.name == "acme" for info in ls.backends()):
+        ls.unregister("acme")
+
+
+def test_every_python_block_runs_and_agrees_with_the_oracle(
+    session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The README's length keeps the oracle waiting for minutes; the same code on a shorter sequence is the same code.
+    full, short = "torch.randn(3, 1, 8, 8192, 64)", "torch.randn(3, 1, 8, 777, 64)"
+    pattern, small = "segment_lengths=(2048, 4096)", "segment_lengths=(128, 512)"
+    assert README.count(full) == README.count(pattern) == 1
+    ran = 0
+    want: torch.Tensor | None = None
+    for block in PYTHON:
+        if MODULE.match(block.text):
+            continue
+        session.namespace.pop("out", None)
+        session.run(block._replace(text=block.text.replace(full, short).replace(pattern, small)))
+        if want is None:
+            want = oracle(session.namespace)
+        out = session.namespace["out"]
+        assert isinstance(out, torch.Tensor)
+        torch.testing.assert_close(out.double(), want, rtol=1.3e-6, atol=1e-5)
+        ran += 1
+    assert ran == 4  # the five lines, the argument, the context, the registered backend
+    assert session.kernel_calls > 0
+    assert "sdpa" in capsys.readouterr().out  # the table that the first block prints
+
+
+def test_the_five_lines_run_as_they_are_printed(session: Session) -> None:
+    first = PYTHON[0]
+    assert len(first.text.splitlines()) == 5
+    session.run(first)
+    out = session.namespace["out"]
+    assert isinstance(out, torch.Tensor)
+    assert out.shape == (1, 8, 8192, 64)
+    assert out.isfinite().all()
+
+
+def test_the_third_party_backend_gives_exact_gradients_for_a_pattern_it_never_heard_of(session: Session) -> None:
+    register = next(block for block in PYTHON if "ls.register" in block.text)
+    pattern = ls.Dilated(segment_lengths=(16, 64), dilation_rates=(1, 3))
+    inputs = [torch.randn(1, 4, 101, 8, requires_grad=True) for _ in range(3)]
+    session.namespace.update(ls=ls, pattern=pattern, **dict(zip(("query", "key", "value"), inputs, strict=True)))
+    session.run(register)
+    out = session.namespace["out"]
+    assert isinstance(out, torch.Tensor)
+    dout = torch.randn_like(out)
+    got = torch.autograd.grad(out, inputs, dout)
+
+    doubles = [x.detach().double().requires_grad_() for x in inputs]
+    session.namespace.update(zip(("query", "key", "value"), doubles, strict=True))
+    wanted = torch.autograd.grad(oracle(session.namespace), doubles, dout.double())
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1.3e-6, atol=1e-5)
+
+
+def test_a_backend_is_chosen_by_argument_context_and_environment_in_that_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    [shell] = [block.text for block in BLOCKS if "LONGSPAN_BACKEND=" in block.text]
+    variable, name = shell.split()[0].split("=")
+    query = torch.randn(1, 2, 32, 8)
+    problem = ls.Problem.like(query, query, query, pattern=ls.Dense())
+
+    def decided(backend: str | None = None) -> tuple[str, str]:
+        resolution = ls.plan(problem, backend=backend).resolution
+        assert resolution.chosen is not None
+        return resolution.chosen, resolution.decided_by
+
+    monkeypatch.delenv(variable, raising=False)
+    assert decided()[1] == "auto"
+    monkeypatch.setenv(variable, name)
+    assert decided() == (name, "environment")
+    with ls.use(backend="reference"):
+        assert decided() == ("reference", "context")
+        assert decided("sdpa") == ("sdpa", "argument")
+
+
+def test_the_entry_point_example_uses_the_group_that_is_read() -> None:
+    [example] = [tomllib.loads(block.text) for block in BLOCKS if block.language == "toml"]
+    [group] = example["project"]["entry-points"]
+    builtin = PYPROJECT["project"]["entry-points"][group]
+    names = {info.name: info.state for info in ls.backends()}
+    assert {name: names[name] for name in builtin} == dict.fromkeys(builtin, "loaded")
+
+
+def test_the_quick_start_is_exactly_two_commands() -> None:
+    section = README.split("## Quick start\n")[1].split("\n## ")[0]
+    found = blocks(section)
+    assert [block.marker for block in found] == ["quickstart: demo", "quickstart: test"]
+    for block in found:
+        [command] = block.text.splitlines()
+        steps = command.split(" && ")
+        assert steps[0] == "python3 -m venv .venv"  # from a fresh clone, with only Python on the machine
+        assert steps[1].startswith(".venv/bin/pip install -c constraints.txt ")
+        assert len(steps) == 3 and steps[2].startswith(".venv/bin/")
+    assert README.count("<!-- quickstart:") == 2
+
+
+def test_every_pip_command_in_the_documentation_uses_the_constraints() -> None:
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / ".ci" / "run", ROOT / "tox.ini"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            assert "pip install" not in line or "constraints.txt" in line, f"{path.name}: {line}"
+
+
+def test_the_constraints_pin_every_requirement_exactly() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    assert not [name for name, version in pins.items() if "+" in version]  # a build is the machine's choice
+    extras = PYPROJECT["project"]["optional-dependencies"].values()
+    requirements = PYPROJECT["project"]["dependencies"] + [line for extra in extras for line in extra]
+    for requirement in [*requirements, *PYPROJECT["build-system"]["requires"]]:
+        name = re.match(r"[\w-]+", requirement)
+        assert name is not None
+        assert name[0] in pins or name[0] == "longspan", f"constraints.txt has no pin for {requirement}"
+
+
+def ci(folder: Path) -> subprocess.CompletedProcess[str]:
+    """What .ci/run takes from the README beside it, without running it."""
+    command = ["bash", str(folder / ".ci" / "run"), "--list"]
+    return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, cwd=folder)
+
+
+def checkout(folder: Path, readme: str) -> Path:
+    (folder / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", folder / ".ci" / "run")
+    (folder / "README.md").write_text(readme, encoding="utf-8")
+    return folder
+
+
+def test_ci_takes_its_commands_from_the_readme() -> None:
+    commands = {block.marker: block.text for block in BLOCKS if block.marker}
+    listed = ci(ROOT)
+    assert listed.returncode == 0, listed.stderr
+    assert listed.stdout == commands["quickstart: test"] + commands["quickstart: demo"]
+
+
+def test_ci_follows_the_readme_when_it_changes(tmp_path: Path) -> None:
+    changed = README.replace(".venv/bin/pytest\n", ".venv/bin/pytest --changed\n")
+    assert changed != README
+    assert "--changed" in ci(checkout(tmp_path, changed)).stdout
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("<!-- quickstart: test -->", ""),
+        ("<!-- quickstart: demo -->", ""),
+        (".venv/bin/longspan demo\n```", ".venv/bin/longspan demo\necho a second command\n```"),
+    ],
+    ids=["no test command", "no demo command", "two commands"],
+)
+def test_ci_fails_loudly_when_the_readme_holds_no_single_command(tmp_path: Path, old: str, new: str) -> None:
+    assert README.count(old) == 1
+    listed = ci(checkout(tmp_path, README.replace(old, new)))
+    assert listed.returncode != 0
+    assert listed.stdout == ""
+    assert "README.md must hold exactly one command" in listed.stderr
+
+
+@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md"])
+def test_links_and_public_names_exist(path: str) -> None:
+    text = (ROOT / path).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)", text):
+        assert (ROOT / target).exists(), f"{path} links to {target}, which is not there"
+    for name in re.findall(r"`(?:core|plugins|tests)/[\w/.]*`", text):
+        assert (ROOT / name.strip("`")).exists(), f"{path} names {name}, which is not there"
+    for name in re.findall(r"\b(?:ls|longspan)\.([a-zA-Z_]+)", text):
+        assert hasattr(ls, name), f"{path} names longspan.{name}, which is not there"
