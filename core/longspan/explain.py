@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from attrs import evolve
 
@@ -31,10 +29,9 @@ def explain(problem: Problem, device: Device | str | None = None, *, backend: st
     if device is not None:
         problem = problem.replace(device=device)
     candidates, policy = registry.candidates(), current(backend)
-    refused: dict[str, tuple[Reason, ...]] = {}
     resolution = resolve(problem, candidates, policy)
-    while resolution.chosen is not None and (reasons := _refuses_a_part(problem, resolution.chosen, candidates)):
-        refused[resolution.chosen] = reasons
+    fitting = [candidate for candidate in candidates if resolution[candidate.name].ok]
+    if refused := {one.name: reasons for one in fitting if (reasons := _refuses_a_part(problem, one))}:
         resolution = resolve(problem, candidates, policy, refused)
     notes = []
     if not present(problem.device):
@@ -45,14 +42,17 @@ def explain(problem: Problem, device: Device | str | None = None, *, backend: st
     return evolve(resolution, notes=(*resolution.notes, *notes))
 
 
-def _refuses_a_part(problem: Problem, name: str, candidates: Sequence[Candidate]) -> tuple[Reason, ...]:
-    """A backend's own reasons against the dense problems that this problem lowers to."""
-    candidate = next(one for one in candidates if one.name == name)
+def _refuses_a_part(problem: Problem, candidate: Candidate) -> tuple[Reason, ...]:
+    """A backend's own reasons against the dense problems that this problem lowers to; of one kind, the first."""
     can = candidate.info.capabilities
     if can is None or not candidate.refuses or is_native(problem, can):
         return ()
-    parts = {dense_problem(problem, call, can.gqa) for call in lower(problem).calls}
-    return tuple(dict.fromkeys(reason for part in parts for reason in candidate.unsupported(part)))
+    parts = dict.fromkeys(dense_problem(problem, call, can.gqa) for call in lower(problem).calls)
+    found: dict[tuple[str, str], Reason] = {}
+    for part in parts:
+        for reason in candidate.unsupported(part):
+            found.setdefault((reason.code, reason.field), reason)
+    return tuple(found.values())
 
 
 def present(device: Device) -> bool:

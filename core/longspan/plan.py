@@ -17,6 +17,7 @@ from longspan.policy import Policy
 from longspan.resolve import demand
 from longspan.runners import make_runner
 from longspan.spec import Problem, Resolution
+from longspan.verification import Verification, observe
 
 __all__ = ["Plan", "plan"]
 
@@ -134,6 +135,22 @@ class Plan:
         """
         draw = Draw(self.problem.dropout_p, seed, self.problem.query_offset) if self.problem.dropout_p else None
         return self._runner.backward(dout, query, key, value, out, lse, draw, dlse)
+
+    def verify(self) -> Verification:
+        """Run once on random inputs under the profiler, and compare the operators that ran with those claimed.
+
+        `print(plan.verify())` says which operator served; `.ok` is False where another one did.
+        """
+        device = torch.device(self._device, self.problem.device.index or 0) if self._device != "cpu" else "cpu"
+        shapes = (self._query_shape, self._key_shape, self._key_shape)
+        tensors = [torch.randn(shape, device=device).to(self._dtype) for shape in shapes]
+        with torch.no_grad():
+            return observe(self.backend, self._runner.operators, lambda: self(*tensors))
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """Which libraries, with their versions, serve the kernels, as far as the backend says."""
+        return self._runner.libraries
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         for name, tensor in (("query", query), ("key", key), ("value", value)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -40,21 +40,25 @@ def make_runner(problem: Problem, backend: str) -> DirectRunner | LoweredRunner:
             )
         layout = lower(problem)  # the backend's own layout is for problems that its kernel takes natively
     made: dict[Problem, Step] = {}
+    kernels: list[Kernel] = []
     steps = []
     for call in layout.calls:
         dense = dense_problem(problem, call, can.gqa)
         if dense not in made:
             kernel = _kernel(dense, lower(dense), backend)
+            kernels.append(kernel)
             made[dense] = Step(kernel, backend, gqa=can.gqa, is_causal=dense.is_causal, scale=dense.scale)
         steps.append(made[dense])
-    return LoweredRunner(layout, steps)
+    return LoweredRunner(layout, steps, kernels)
 
 
 class LoweredRunner(Runner):
     """Runs a layout call by call."""
 
-    def __init__(self, layout: Layout, steps: Sequence[Step]) -> None:
+    def __init__(self, layout: Layout, steps: Sequence[Step], kernels: Iterable[Kernel] = ()) -> None:
         self.layout, self._steps = layout, steps
+        self.operators = tuple(dict.fromkeys(name for kernel in kernels for name in kernel.operators))
+        self.libraries = tuple(dict.fromkeys(kernel.library for kernel in kernels if kernel.library))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:
         """`(out, lse)`."""
@@ -82,6 +86,7 @@ class DirectRunner(Runner):
         self.layout, self._problem, self._backend, self._checked = layout, problem, backend, False
         self._backward_checked = False
         self._kernel_forward, self._kernel_backward = kernel.forward, kernel.backward
+        self.operators, self.libraries = kernel.operators, (kernel.library,) if kernel.library else ()
         self._lowered: LoweredRunner | None = None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:

@@ -367,11 +367,14 @@ class Kernel:
 
     Tensors come with a last dimension without gaps and any other strides. For a problem with `dropout_p` (only where
     `Capabilities.dropout` says so) both take `dropout=`, a `longspan.Dropout`. Where `is_causal`, a NaN or inf in a
-    value must not reach rows that may not see it: `longspan.blockwise.taint` helps.
+    value must not reach rows that may not see it: `longspan.blockwise.taint` helps. `operators` names what the
+    profiler will see of a forward, such as `aten::bmm`, for `Plan.verify`; `library` says who serves it.
     """
 
     forward: Forward
     backward: Backward | None = None
+    operators: tuple[str, ...] = ()
+    library: str = ""
 
 
 @frozen

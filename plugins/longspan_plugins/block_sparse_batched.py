@@ -7,6 +7,7 @@ most ten launches a forward. It holds the scores of a launch at once, so the cor
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -49,9 +50,11 @@ def longspan_kernel(problem: Problem) -> Kernel:
     def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         shape = query.shape
         scores = _scores(query, key, wide, is_causal, scale)
-        lse = scores.logsumexp(-1)
-        weights = scores.sub_(lse.unsqueeze(-1)).exp_()
-        out = weights @ _blocks(value, wide)
+        largest = scores.amax(-1, keepdim=True)
+        weights = scores.sub_(largest).exp_()
+        total = weights.sum(-1, keepdim=True)
+        out = torch.bmm(weights, _blocks(value, wide)).div_(total)
+        lse = largest.add_(total.log_())
         return out.view(shape).to(query.dtype), lse.view(shape[:3])
 
     def backward(
@@ -67,7 +70,7 @@ def longspan_kernel(problem: Problem) -> Kernel:
             x.view(like.shape).to(like.dtype) for x, like in ((dquery, query), (dkey, key), (dvalue, value))
         )
 
-    return Kernel(forward, backward)
+    return Kernel(forward, backward, ("aten::bmm", "aten::baddbmm") if is_causal else ("aten::bmm",))
 
 
 def _blocks(tensor: Tensor, wide: torch.dtype) -> Tensor:
@@ -84,6 +87,11 @@ def _scores(query: Tensor, key: Tensor, wide: torch.dtype, is_causal: bool, scal
     q, k = _grouped(query, key, wide), _blocks(key, wide)
     if not is_causal:
         return torch.bmm(q * scale, k.mT)
-    rows = query.shape[2]
-    hidden = torch.full((rows, rows), -torch.inf, dtype=wide, device=query.device).triu_(1)
-    return torch.baddbmm(hidden.repeat(q.shape[1] // rows, 1), q, k.mT, alpha=scale)
+    return torch.baddbmm(_hidden(query.shape[2], q.shape[1], wide, query.device), q, k.mT, alpha=scale)
+
+
+@lru_cache(maxsize=16)
+def _hidden(rows: int, grouped: int, wide: torch.dtype, device: torch.device) -> Tensor:
+    """What a causal block adds to its scores: -inf after the diagonal, once for each query head of the group."""
+    hidden = torch.full((rows, rows), -torch.inf, dtype=wide, device=device).triu_(1)
+    return hidden.repeat(grouped // rows, 1)

@@ -16,7 +16,7 @@ from torch import Tensor
 from longspan import Capabilities, Kernel, Problem, Reason, hookimpl, merge_
 from longspan_plugins import sdpa
 
-TILE_BYTES = 4 * 2**20
+TILE_BYTES = 8 * 2**20
 """What one widened tile may take."""
 
 
@@ -58,7 +58,8 @@ class _Tiled:
 
     @property
     def kernel(self) -> Kernel:
-        return Kernel(self.forward, self.backward)
+        """With what the float32 kernels on the tiles claim."""
+        return Kernel(self.forward, self.backward, self.diagonal.operators, self.diagonal.library)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)

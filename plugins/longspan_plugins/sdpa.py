@@ -52,20 +52,20 @@ def longspan_kernel(problem: Problem) -> Kernel:
     multiply.
     """
     given: dict[str, Any] = {"is_causal": problem.is_causal, "scale": problem.scale}
-    forward, backward = _operators(problem)
-    return Kernel(partial(forward, **given), partial(backward, **given))
+    forward, backward, operator = _operators(problem)
+    return Kernel(partial(forward, **given), partial(backward, **given), (operator,), f"torch {torch.__version__}")
 
 
-def _operators(problem: Problem) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _operators(problem: Problem) -> tuple[Callable[..., Any], Callable[..., Any], str]:
     device = problem.device.type
     if not problem.dropout_p and problem.scale > 0:
         if device == "cpu":
-            return _cpu_forward, _cpu_backward
+            return _cpu_forward, _cpu_backward, "aten::_scaled_dot_product_flash_attention_for_cpu"
         if device in ("cuda", "rocm") and _takes_flash(problem):
-            return aten_flash.forward, aten_flash.backward
+            return aten_flash.forward, aten_flash.backward, "aten::_scaled_dot_product_flash_attention"
         if device in ("cuda", "rocm") and problem.dtype != "float64" and problem.head_dim % 8 == 0:
-            return _efficient_forward, _efficient_backward
-    return blockwise.forward, blockwise.backward
+            return _efficient_forward, _efficient_backward, "aten::_scaled_dot_product_efficient_attention"
+    return blockwise.forward, blockwise.backward, "aten::logsumexp"
 
 
 def _takes_flash(problem: Problem) -> bool:

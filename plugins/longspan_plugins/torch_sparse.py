@@ -53,7 +53,7 @@ def longspan_kernel(problem: Problem) -> Kernel:
                 out[b, h], lse[b, h] = _head(pattern, query[b, h] * scale, key[b, h], value[b, h])
         return out, lse
 
-    return Kernel(forward)
+    return Kernel(forward, operators=("aten::sparse_sampled_addmm",))
 
 
 @lru_cache(maxsize=8)

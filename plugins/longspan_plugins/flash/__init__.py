@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from attrs import evolve
+
 from longspan import Capabilities, Kernel, Problem, Reason, hookimpl
 from longspan_plugins.flash import aten, fa2, fa3, fa4
 from longspan_plugins.flash.library import Library
@@ -43,7 +45,8 @@ def longspan_unsupported(problem: Problem) -> Iterable[Reason]:
 @hookimpl
 def longspan_kernel(problem: Problem) -> Kernel:
     """The kernel of the best library here; `serving` names it."""
-    return serving(problem).kernel(problem)
+    library = serving(problem)
+    return evolve(library.kernel(problem), library=f"{library.name} {library.version}")
 
 
 def serving(problem: Problem) -> Library:
