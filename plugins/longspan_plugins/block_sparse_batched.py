@@ -6,13 +6,14 @@ most ten launches a forward. It holds the scores of a launch at once, so the cor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from longspan import Capabilities, Kernel, Problem, Reason, hookimpl
+from longspan import Capabilities, Kernel, Problem, Reason, blockwise, hookimpl
 
 SCORES = 2**28
 """Query-key pairs that one launch may hold."""
@@ -50,12 +51,14 @@ def longspan_kernel(problem: Problem) -> Kernel:
     def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         shape = query.shape
         scores = _scores(query, key, wide, is_causal, scale)
-        largest = scores.amax(-1, keepdim=True)
-        weights = scores.sub_(largest).exp_()
-        total = weights.sum(-1, keepdim=True)
-        out = torch.bmm(weights, _blocks(value, wide)).div_(total)
-        lse = largest.add_(total.log_())
-        return out.view(shape).to(query.dtype), lse.view(shape[:3])
+        logs = scores.log_softmax(-1)
+        lse = scores.amax(-1).sub_(logs.amax(-1))
+        v = _blocks(value, wide)
+        tainted = is_causal and not math.isfinite(v.sum())  # a masked weight of 0 times NaN is NaN
+        out = torch.bmm(logs.exp_(), torch.where(v.isfinite(), v, 0.0) if tainted else v).view(shape)
+        if tainted:
+            out += blockwise.taint(value).repeat_interleave(shape[1] // value.shape[1], 1)
+        return out.to(query.dtype), lse.view(shape[:3])
 
     def backward(
         dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
@@ -70,7 +73,7 @@ def longspan_kernel(problem: Problem) -> Kernel:
             x.view(like.shape).to(like.dtype) for x, like in ((dquery, query), (dkey, key), (dvalue, value))
         )
 
-    return Kernel(forward, backward, ("aten::bmm", "aten::baddbmm") if is_causal else ("aten::bmm",))
+    return Kernel(forward, backward, ("aten::baddbmm", "aten::bmm"))
 
 
 def _blocks(tensor: Tensor, wide: torch.dtype) -> Tensor:
@@ -85,13 +88,13 @@ def _grouped(tensor: Tensor, key: Tensor, wide: torch.dtype) -> Tensor:
 
 def _scores(query: Tensor, key: Tensor, wide: torch.dtype, is_causal: bool, scale: float) -> Tensor:
     q, k = _grouped(query, key, wide), _blocks(key, wide)
-    if not is_causal:
-        return torch.bmm(q * scale, k.mT)
-    return torch.baddbmm(_hidden(query.shape[2], q.shape[1], wide, query.device), q, k.mT, alpha=scale)
+    scores = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0.0, alpha=scale)
+    if is_causal:
+        scores.masked_fill_(_hidden(query.shape[2], q.shape[1], query.device), -torch.inf)
+    return scores
 
 
 @lru_cache(maxsize=16)
-def _hidden(rows: int, grouped: int, wide: torch.dtype, device: torch.device) -> Tensor:
-    """What a causal block adds to its scores: -inf after the diagonal, once for each query head of the group."""
-    hidden = torch.full((rows, rows), -torch.inf, dtype=wide, device=device).triu_(1)
-    return hidden.repeat(grouped // rows, 1)
+def _hidden(rows: int, grouped: int, device: torch.device) -> Tensor:
+    """What causal rows may not see, once for each query head that shares a key head."""
+    return torch.ones(rows, rows, dtype=torch.bool, device=device).triu_(1).repeat(grouped // rows, 1)

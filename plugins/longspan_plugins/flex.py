@@ -58,18 +58,28 @@ def longspan_kernel(problem: Problem) -> Kernel:
         assert visible is not None  # asked for only then
         return create_block_mask(visible, None, None, q_len, kv_len, device=device)
 
-    def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         mask = None if visible is None else mask_for(query.shape[2], key.shape[2], query.device)
         out, aux = run(
-            query.detach(),
-            key.detach(),
-            value.detach(),
+            query,
+            key,
+            value,
             block_mask=mask,
             scale=problem.scale,
             enable_gqa=query.shape[1] != key.shape[1],
             return_aux=AuxRequest(lse=True),
         )
         return out, aux.lse.to(torch.float32)
+
+    def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        query, key, value = query.detach(), key.detach(), value.detach()
+        finite = value.isfinite()
+        if visible is None or bool(finite.all()):
+            return attend(query, key, value)
+        # A masked weight of 0 times NaN is NaN: attend to the finite values, then find who saw another.
+        out, lse = attend(query, key, torch.where(finite, value, 0.0))
+        seen, _ = attend(torch.zeros_like(query), torch.zeros_like(key), (~finite).to(value.dtype))
+        return out.masked_fill(seen > 0, torch.nan), lse
 
     return Kernel(forward)
 
