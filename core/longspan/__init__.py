@@ -4,6 +4,15 @@ Say what to compute (a pattern), and longspan picks who computes it, says why, a
 gradients everywhere. `import longspan` imports no backend and initialises no CUDA.
 """
 
+import warnings as _warnings
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
+
+with _warnings.catch_warnings():  # torch says so on import where NumPy is missing; longspan does without
+    _warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    import torch as _torch  # noqa: F401
+
 from longspan import blockwise
 from longspan.attention import attention
 from longspan.buffers import Allocator, Workspace
@@ -38,11 +47,22 @@ from longspan.spec import (
     Verdict,
 )
 
+if _TYPE_CHECKING:
+    from longspan import testing
+
 backends = _registry.backends
 register = _registry.register
 unregister = _registry.unregister
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> _Any:
+    """`longspan.testing`, imported when it is first used."""
+    if name == "testing":
+        return _import_module("longspan.testing")
+    raise AttributeError(f"module 'longspan' has no attribute {name!r}")
+
 
 __all__ = [
     "Allocator",
@@ -80,6 +100,7 @@ __all__ = [
     "parse_pattern",
     "plan",
     "register",
+    "testing",
     "unregister",
     "use",
 ]

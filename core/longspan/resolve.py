@@ -41,7 +41,7 @@ def resolve(
             eligible.append(candidate)
     eligible.sort(key=lambda candidate: _rank(candidate, problem, policy))
     ranked = [candidate.name for candidate in eligible]
-    order = ranked + [name for name in known if name not in ranked]
+    order = ranked + [name for name in sorted(known) if name not in ranked]
     ordered = tuple(verdicts[name] for name in sorted(order, key=lambda name: not verdicts[name].ok))
 
     def resolution(chosen: str | None, decided_by: str, why: str) -> Resolution:

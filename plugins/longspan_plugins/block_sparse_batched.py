@@ -1,7 +1,8 @@
 """Attention as a fixed handful of batched products, whatever the number of blocks.
 
 Blocks of one size are a batch: scores, softmax statistics and weighted sums are one launch each over all of them, at
-most ten launches a forward. It holds the scores of a launch at once, so the core hands it launches of bounded size.
+most ten launches a forward in single precision (half precision adds its two casts). It holds the scores of a launch at
+once, so the core hands it launches of bounded size.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ def longspan_capabilities() -> Capabilities:
         dtypes=("float16", "bfloat16", "float32", "float64"),
         patterns=("dense",),
         causal=True,
-        gqa=True,
         backward=True,
         deterministic=True,
         opt_in=True,
@@ -49,52 +49,46 @@ def longspan_kernel(problem: Problem) -> Kernel:
     wide = torch.float64 if problem.dtype == "float64" else torch.float32
 
     def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        shape = query.shape
-        scores = _scores(query, key, wide, is_causal, scale)
+        q, k, v = _together(wide, query, key, value)
+        scores = _scores(q, k, is_causal, scale)
         logs = scores.log_softmax(-1)
         lse = scores.amax(-1).sub_(logs.amax(-1))
-        v = _blocks(value, wide)
         tainted = is_causal and not math.isfinite(v.sum())  # a masked weight of 0 times NaN is NaN
-        out = torch.bmm(logs.exp_(), torch.where(v.isfinite(), v, 0.0) if tainted else v).view(shape)
+        out = torch.bmm(logs.exp_(), torch.where(v.isfinite(), v, 0.0) if tainted else v).view(query.shape)
         if tainted:
-            out += blockwise.taint(value).repeat_interleave(shape[1] // value.shape[1], 1)
-        return out.to(query.dtype), lse.view(shape[:3])
+            out += blockwise.taint(value)
+        return out.to(query.dtype), lse.view(query.shape[:3])
 
     def backward(
         dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        k, v = _blocks(key, wide), _blocks(value, wide)
-        q, do, o = (_grouped(x, key, wide) for x in (query, dout, out))
-        weights = _scores(query, key, wide, is_causal, scale)
-        weights = weights.sub_(lse.reshape(*weights.shape[:2], 1).to(wide)).exp_()
+        q, do, o = _together(wide, query, dout, out)
+        k, v = _together(wide, key, value)
+        weights = _scores(q, k, is_causal, scale).sub_(lse.reshape(*q.shape[:2], 1).to(wide)).exp_()
         slope = (do @ v.mT).sub_((do * o).sum(-1, keepdim=True)).mul_(weights).mul_(scale)
-        dquery, dkey, dvalue = slope @ k, slope.mT @ q, weights.mT @ do
-        return tuple(  # type: ignore[return-value]
-            x.view(like.shape).to(like.dtype) for x, like in ((dquery, query), (dkey, key), (dvalue, value))
-        )
+        if is_causal:  # 0 times NaN again
+            slope.masked_fill_(_hidden(q.shape[1], q.device), 0.0)
+            k = torch.where(k.isfinite(), k, 0.0)
+        grads = (slope @ k, query), (slope.mT @ q, key), (weights.mT @ do, value)
+        dquery, dkey, dvalue = (grad.view(like.shape).to(like.dtype) for grad, like in grads)
+        return dquery, dkey, dvalue
 
     return Kernel(forward, backward, ("aten::baddbmm", "aten::bmm"))
 
 
-def _blocks(tensor: Tensor, wide: torch.dtype) -> Tensor:
-    """`(batch * heads, rows, head_dim)`."""
-    return tensor.flatten(0, 1).to(wide)
+def _together(wide: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+    """Tensors as `(batch * heads, rows, head_dim)`: views where they can be, else copied by a launch for all."""
+    if all(x.stride(0) == x.shape[1] * x.stride(1) for x in tensors) or len({x.shape for x in tensors}) > 1:
+        return [x.flatten(0, 1).to(wide) for x in tensors]
+    return [x.flatten(0, 1) for x in torch.stack(tensors).to(wide).unbind()]
 
 
-def _grouped(tensor: Tensor, key: Tensor, wide: torch.dtype) -> Tensor:
-    """Query rows that share a key head, one head after the other: as many blocks as `key` has."""
-    return tensor.reshape(key.shape[0] * key.shape[1], -1, tensor.shape[-1]).to(wide)
-
-
-def _scores(query: Tensor, key: Tensor, wide: torch.dtype, is_causal: bool, scale: float) -> Tensor:
-    q, k = _grouped(query, key, wide), _blocks(key, wide)
+def _scores(q: Tensor, k: Tensor, is_causal: bool, scale: float) -> Tensor:
     scores = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0.0, alpha=scale)
-    if is_causal:
-        scores.masked_fill_(_hidden(query.shape[2], q.shape[1], query.device), -torch.inf)
-    return scores
+    return scores.masked_fill_(_hidden(q.shape[1], q.device), -torch.inf) if is_causal else scores
 
 
 @lru_cache(maxsize=16)
-def _hidden(rows: int, grouped: int, device: torch.device) -> Tensor:
-    """What causal rows may not see, once for each query head that shares a key head."""
-    return torch.ones(rows, rows, dtype=torch.bool, device=device).triu_(1).repeat(grouped // rows, 1)
+def _hidden(rows: int, device: torch.device) -> Tensor:
+    """What causal rows may not see."""
+    return torch.ones(rows, rows, dtype=torch.bool, device=device).triu_(1)

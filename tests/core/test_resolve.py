@@ -64,16 +64,32 @@ def no_devices(monkeypatch):
                 monkeypatch.setattr(getattr(torch, module), name, touched)
 
 
+CHOSEN = {  # by auto, where it is not sdpa: what runs half precision best where
+    ("float16", "cpu"): "pascal_fp32", ("float16", "sm_61"): "pascal_fp32",
+    ("float16", "sm_80"): "flash", ("float16", "sm_90"): "flash",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("pattern", ["dense", "dilated:32/1,64/2"])
 def test_resolve_touches_no_device(no_devices, device, dtype, pattern):
     asked = problem(device=device, dtype=dtype, pattern=ls.parse_pattern(pattern), is_causal=True, requires_grad=True)
     found = resolve(asked, registry.candidates(), Policy())
-    assert found.chosen == "sdpa"
+    assert found.chosen == CHOSEN.get((dtype, device), "sdpa")
     assert found.decided_by == "auto"
     assert found["reference"].ok
     assert device in str(found)
+
+
+@pytest.mark.parametrize("device", ["sm_60", "sm_61", "sm_62", "sm_70", "sm_75"])
+def test_bfloat16_goes_to_no_device_without_it(no_devices, device):
+    """Before sm_80 only what computes in float32 may take it."""
+    found = resolve(problem(device=device, dtype="bfloat16"), registry.candidates(), Policy())
+    assert found.chosen in (None, "pascal_fp32")
+    assert {verdict.name for verdict in found.candidates if verdict.ok} <= {
+        "pascal_fp32", "reference", "block_sparse_batched",
+    }  # fmt: skip
 
 
 def test_resolve_is_a_function_of_its_arguments(no_devices):

@@ -178,6 +178,27 @@ def test_the_entry_point_example_uses_the_group_that_is_read() -> None:
     assert {name: names[name] for name in builtin} == dict.fromkeys(builtin, "loaded")
 
 
+def test_the_status_table_names_every_built_in_backend_and_what_auto_may_take() -> None:
+    status = README.split("## Status\n")[1]
+    said = {
+        opt_in: set(re.findall(r"`(\w+)`", row)) - {"auto"}
+        for opt_in, title in ((False, "backends that `auto` may take"), (True, "backends by name only"))
+        for row in [line.split("|")[2] for line in status.splitlines() if line.startswith(f"| {title} |")]
+    }
+    builtin = PYPROJECT["project"]["entry-points"]["longspan.backends"]
+    infos = {info.name: info for info in ls.backends() if info.name in builtin}
+    assert infos.keys() == builtin.keys()
+    assert said[False] | said[True] == builtin.keys()
+    assert {name for name in said[False] if infos[name].opt_in} == set()
+
+
+def test_every_extra_that_a_message_tells_to_install_exists() -> None:
+    for path in [*(ROOT / "core").rglob("*.py"), *(ROOT / "plugins").rglob("*.py")]:
+        for extra in re.findall(r"longspan\[([\w,]+)\]", path.read_text(encoding="utf-8")):
+            for name in extra.split(","):
+                assert name in PYPROJECT["project"]["optional-dependencies"], f"{path.name} names the extra {name}"
+
+
 def test_the_quick_start_is_exactly_two_commands() -> None:
     section = README.split("## Quick start\n")[1].split("\n## ")[0]
     found = blocks(section)
@@ -201,8 +222,9 @@ def test_the_constraints_pin_every_requirement_exactly() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     assert not [name for name, version in pins.items() if "+" in version]  # a build is the machine's choice
-    extras = PYPROJECT["project"]["optional-dependencies"].values()
-    requirements = PYPROJECT["project"]["dependencies"] + [line for extra in extras for line in extra]
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    tested = [line for name in ("test", "lint", "dev") for line in extras[name]]
+    requirements = PYPROJECT["project"]["dependencies"] + tested
     for requirement in [*requirements, *PYPROJECT["build-system"]["requires"]]:
         name = re.match(r"[\w-]+", requirement)
         assert name is not None

@@ -14,6 +14,8 @@ from longspan.cli import output
 from longspan.cli.backends import backends
 from longspan.cli.demo import demo
 from longspan.cli.explain import explain
+from longspan.cli.matrix import matrix
+from longspan.cli.verify import verify
 
 __all__ = ["app", "main"]
 
@@ -26,6 +28,8 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(backends)
 app.command()(explain)
+app.command()(matrix)
+app.command()(verify)
 
 
 def _version(wanted: bool) -> None:
