@@ -16,6 +16,7 @@ with _warnings.catch_warnings():  # torch says so on import where NumPy is missi
 from longspan import blockwise
 from longspan.attention import attention
 from longspan.buffers import Allocator, Workspace
+from longspan.checkpoint import checkpoint
 from longspan.discovery import registry as _registry
 from longspan.dropout import Dropout
 from longspan.errors import (
@@ -94,6 +95,7 @@ __all__ = [
     "attention",
     "backends",
     "blockwise",
+    "checkpoint",
     "explain",
     "hookimpl",
     "merge_",

@@ -70,10 +70,11 @@ def run_forward(
         lse = torch.full(query.shape[:3], -torch.inf, dtype=wide, device=query.device)
     query_strides = (query.stride(), out.stride(), (*lse.stride(), 1))
     key_strides = (key.stride(), value.stride())
+    k = _first_key(query_strides, draw)
     for call, step, block, given in _launches(layout, steps, draw, query, query_strides, key_strides):
         turn = _flip if call.flipped else _as_is
         part, part_lse = step.forward(
-            turn(block.query_side(query, 0)), turn(block.key_side(key, 3)), turn(block.key_side(value, 4)), **given
+            turn(block.query_side(query, 0)), turn(block.key_side(key, k)), turn(block.key_side(value, k + 1)), **given
         )
         if call.first:
             block.query_side(out, 1).copy_(turn(part))
@@ -103,7 +104,7 @@ def run_backward(
     lines = [(*x.stride(), 1) for x in (lse, dlse) if x is not None]
     query_strides = (*(x.stride() for x in (query, dout, out, dquery)), *lines)
     key_strides = tuple(x.stride() for x in (key, value, dkey, dvalue))
-    k = len(query_strides)  # the slot of the first key-like tensor
+    k = _first_key(query_strides, draw)
     for call, step, block, given in _launches(layout, steps, draw, query, query_strides, key_strides):
         turn = _flip if call.flipped else _as_is
         dq, dk, dv = step.backward(
@@ -132,7 +133,8 @@ def _launches(
 ) -> Iterator[tuple[Call, Step, Block, dict[str, Any]]]:
     batch, heads, _, width = query.shape
     budget = max(1, TEMPORARY // (width * query.element_size()))
-    lines, query_positions, key_positions = len(queries), len(queries) + 1, len(queries) + 2 + len(keys)
+    lines, query_positions = len(queries), len(queries) + 1
+    key_positions = _first_key(queries, draw) + len(keys)
     if draw is not None:  # coordinates are strided too: they fold and split with the tensors
         queries = (*queries, (heads, 1, 0, 0), (0, 0, 1, 0))
         keys = (*keys, (0, 0, 1, 0))
@@ -149,6 +151,11 @@ def _launches(
                 block.coordinates(key_positions, query.device, of_keys=True),
             )
             yield call, step, block, {"dropout": dropout.flipped() if call.flipped else dropout}
+
+
+def _first_key(queries: tuple[tuple[int, ...], ...], draw: Draw | None) -> int:
+    """The slot of the first key-like tensor: behind the query-like ones and, with dropout, their two coordinates."""
+    return len(queries) + (0 if draw is None else 2)
 
 
 def _flip(tensor: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ the operator first meets real tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +21,7 @@ from longspan.errors import ArgumentError
 from longspan.patterns import Pattern, parse_pattern
 from longspan.policy import in_force
 
-__all__ = ["attend_in_graph", "find_plans_by", "in_graph"]
+__all__ = ["attend_in_graph", "by_operator", "find_plans_by", "in_graph"]
 
 
 class Found(Protocol):
@@ -43,6 +45,7 @@ class Found(Protocol):
         """`(dquery, dkey, dvalue)`."""
 
 
+_by_operator: ContextVar[bool] = ContextVar("longspan_by_operator", default=False)
 _find: Callable[..., Found] | None = None
 
 
@@ -224,8 +227,18 @@ def _refuse_mapped(dims: tuple[int | None, ...]) -> None:
 
 
 def in_graph() -> bool:
-    """Whether torch.compile, torch.export or functorch is looking on."""
-    return torch.compiler.is_compiling() or maybe_current_level() is not None
+    """Whether torch.compile, torch.export or functorch is looking on, or somebody asked for the operators."""
+    return torch.compiler.is_compiling() or maybe_current_level() is not None or _by_operator.get()
+
+
+@contextmanager
+def by_operator() -> Iterator[None]:
+    """Enter the operators in eager code too, for what tells operators apart, such as selective checkpointing."""
+    token = _by_operator.set(True)
+    try:
+        yield
+    finally:
+        _by_operator.reset(token)
 
 
 def attend_in_graph(
