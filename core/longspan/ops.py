@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import maybe_current_level  # noqa: PLC2701 - torch has no public way to ask
 from torch.autograd import Function
+from torch.compiler import is_compiling
 
 from longspan.errors import ArgumentError
 from longspan.patterns import Pattern, parse_pattern
@@ -228,7 +229,7 @@ def _refuse_mapped(dims: tuple[int | None, ...]) -> None:
 
 def in_graph() -> bool:
     """Whether torch.compile, torch.export or functorch is looking on, or somebody asked for the operators."""
-    return torch.compiler.is_compiling() or maybe_current_level() is not None or _by_operator.get()
+    return is_compiling() or maybe_current_level() is not None or _by_operator.get()
 
 
 @contextmanager

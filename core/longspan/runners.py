@@ -17,7 +17,7 @@ from longspan.execution import Step, run_backward, run_forward
 from longspan.layout import Call, Layout
 from longspan.lowering import dense_problem, lower
 from longspan.resolve import is_native
-from longspan.spec import Kernel, Problem
+from longspan.spec import Forward, Kernel, Problem
 
 __all__ = ["DirectRunner", "LoweredRunner", "make_runner"]
 
@@ -55,6 +55,8 @@ def make_runner(problem: Problem, backend: str) -> DirectRunner | LoweredRunner:
 class LoweredRunner(Runner):
     """Runs a layout call by call."""
 
+    quick = None
+
     def __init__(self, layout: Layout, steps: Sequence[Step], kernels: Iterable[Kernel] = ()) -> None:
         self.layout, self._steps = layout, steps
         self.operators = tuple(dict.fromkeys(name for kernel in kernels for name in kernel.operators))
@@ -85,6 +87,7 @@ class DirectRunner(Runner):
     def __init__(self, problem: Problem, layout: Any, kernel: Kernel, backend: str) -> None:
         self.layout, self._problem, self._backend, self._checked = layout, problem, backend, False
         self._backward_checked = False
+        self.quick: Forward | None = None
         self._kernel_forward, self._kernel_backward = kernel.forward, kernel.backward
         self.operators, self.libraries = kernel.operators, (kernel.library,) if kernel.library else ()
         self._lowered: LoweredRunner | None = None
@@ -96,7 +99,7 @@ class DirectRunner(Runner):
         result = self._kernel_forward(query, key, value)
         if not self._checked:
             check_result(self._backend, result, query)
-            self._checked = True
+            self._checked, self.quick = True, self._kernel_forward
         return result
 
     def backward(

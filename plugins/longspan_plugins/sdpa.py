@@ -80,10 +80,10 @@ _cpu_flash_backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.
 
 
 def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    if is_causal and not _finite(value):  # the operator multiplies masked weights: 0 times NaN is NaN
+    result: tuple[Tensor, Tensor] = _cpu_flash(query, key, value, 0.0, is_causal, scale=scale)
+    if is_causal and not _finite(result[0]):  # masked weights are multiplied too, and 0 times NaN is NaN
         out, lse = _cpu_flash(query, key, torch.where(value.isfinite(), value, 0.0), 0.0, True, scale=scale)
         return out + blockwise.taint(value).repeat_interleave(query.shape[1] // key.shape[1], 1), lse
-    result: tuple[Tensor, Tensor] = _cpu_flash(query, key, value, 0.0, is_causal, scale=scale)
     return result
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from longspan.demo import PATTERN, baseline, judge, place, run
 from longspan.demo.embedding import embed
 from longspan.demo.judge import Judge, sample_rows
 from longspan.demo.meter import PeakMemory, measure, timed
+from longspan.demo.reach import START, growth, prefixes, reach
 from longspan.demo.text import read_text
 
 CPU = torch.device("cpu")
@@ -69,6 +71,9 @@ def one_thread():
 def no_policy(monkeypatch):
     for variable in ("LONGSPAN_BACKEND", "LONGSPAN_PREFER", "LONGSPAN_BLOCK"):
         monkeypatch.delenv(variable, raising=False)
+    others = [row.name for row in ls.backends() if row.name not in ("sdpa", "reference")]
+    with ls.use(block=others):  # whatever else is installed is tested elsewhere
+        yield
 
 
 @pytest.fixture
@@ -238,7 +243,45 @@ def test_the_dense_prefix_grows_while_it_is_cheap(monkeypatch):
     assert (whole.tokens, whole.whole) == (5000, True)
     monkeypatch.setattr(baseline, "PATIENCE_MS", 0.0)
     part = baseline.measure_dense(q, k, v)
-    assert (part.tokens, part.whole) == (baseline.START, False) and part.ms > 0
+    assert (part.tokens, part.whole) == (START, False) and part.ms > 0
+
+
+# ---------------------------------------------------------------------------------------------------------- reach
+
+
+def posed(length):
+    return ls.Problem(batch=1, heads=8, q_len=length, head_dim=64, pattern=PATTERN, is_causal=True)
+
+
+def test_prefixes_double_up_to_the_whole():
+    assert list(prefixes(9000)) == [2048, 4096, 8192, 9000]
+    assert list(prefixes(2048)) == [2048] and list(prefixes(7)) == [7]
+
+
+def test_work_grows_with_the_patterns_pairs_and_not_with_the_square():
+    assert growth(posed(131_072), 2048, 131_072) == pytest.approx(99, rel=0.01)
+    assert growth(posed(131_072), 65_536, 131_072) == pytest.approx(2, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("ms_of_2048", "patience_ms", "expected", "probed"),
+    [
+        (1.0, 1e9, 131_072, 131_072),  # quick: runs ever longer prefixes, then the whole
+        (100.0, 20_000.0, 131_072, 4096),  # slower: about 10 s for the whole, told from two short runs
+        (100.0, 1_000.0, 8192, 4096),
+        (9_000.0, 1_000.0, 2048, 2048),  # hopeless: the shortest prefix at least
+        (9_000.0, math.inf, 131_072, 2048),  # named: the whole, however long it takes
+    ],
+)
+def test_a_slow_backend_runs_on_the_prefix_that_it_manages(ms_of_2048, patience_ms, expected, probed):
+    seen = []
+
+    def run_ms(tokens):
+        seen.append(tokens)
+        return ms_of_2048 * growth(posed(tokens), 2048, tokens)
+
+    assert reach(posed(131_072), patience_ms, run_ms) == expected
+    assert seen == [tokens for tokens in prefixes(131_072) if tokens <= probed]
 
 
 # ---------------------------------------------------------------------------------------------------------- place
@@ -275,14 +318,15 @@ def test_more_tokens_than_memory_holds_are_refused(monkeypatch):
 def test_every_backend_that_fits_is_right_at_4096_tokens():
     report = run(tokens=4096, device="cpu")
     assert report.failures == () and report.tokens == 4096 and report.rows_checked == 64
-    assert {"sdpa", "reference"} <= rows_of(report).keys()
-    for row in report.rows:
-        assert row.state == "ran" and row.error <= report.tolerance < 1e-5, row
-        assert row.ms > 0 and row.runs >= 1 and row.prefix_ms > 0
+    ran = [row for row in report.rows if row.state != "refused"]
+    assert {"sdpa", "reference"} <= {row.name for row in ran}
+    for row in ran:
+        assert row.state == "ran" and row.error <= report.tolerance < 1e-5 and row.tokens == 4096, row
+        assert row.ms > 0 and row.runs >= 1 and row.compared_ms > 0
         assert row.tokens_per_s == pytest.approx(4096e3 / row.ms)
-        assert row.speedup == pytest.approx(report.baseline.ms / row.prefix_ms)
-        assert row.peak_mib is None or row.peak_mib > 4  # the result alone takes 8 MiB
-    assert [row.name for row in report.rows if row.chosen] == ["sdpa"]
+        assert row.speedup == pytest.approx(report.baseline.ms / row.compared_ms)
+        assert row.peak_mib is None or row.peak_mib > 4  # MiB, the result alone takes 8 MiB
+    assert [row.name for row in report.rows if row.chosen] == [report.resolution.chosen]
     assert report.resolution.decided_by == "auto"
 
 
@@ -311,7 +355,32 @@ def test_a_prefix_is_compared_with_the_same_prefix(text, monkeypatch):
     report = run(text, tokens=2500, device="cpu", backend="sdpa")
     (row,) = report.rows
     assert report.baseline.tokens == 2048 and not report.baseline.whole
-    assert row.speedup == pytest.approx(report.baseline.ms / row.prefix_ms)
+    assert row.speedup == pytest.approx(report.baseline.ms / row.compared_ms)
+
+
+def test_a_backend_that_is_too_slow_runs_on_a_prefix_and_says_so(monkeypatch):
+    monkeypatch.setattr(sys.modules["longspan.demo.run"], "SECONDS", 0.0)
+    monkeypatch.setattr(sys.modules["longspan.demo.reach"], "PROBE_MS", 0.0)
+    report = run(tokens=3000, device="cpu")
+    row = rows_of(report)["reference"]
+    assert (row.state, row.tokens, row.compared_tokens) == ("ran", START, START)
+    assert row.tokens_per_s == pytest.approx(1e3 * START / row.ms) and row.error <= report.tolerance
+    assert rows_of(report)["sdpa"].tokens == 3000  # the one that is chosen has all the time it needs
+    (named,) = run(tokens=3000, device="cpu", backend="reference").rows
+    assert named.tokens == 3000
+
+
+def test_a_backend_that_refuses_the_dense_parts_is_refused(text):
+    class Picky(Backend):
+        @ls.hookimpl
+        def longspan_unsupported(self, problem):
+            if problem.pattern.kind == "dense":
+                return (ls.Reason("moon", "moon", "full", "a new moon", "wait"),)
+            return ()
+
+    with registered("picky", Picky()):
+        row = rows_of(run(text, tokens=300, device="cpu"))["picky"]
+    assert row.state == "refused" and [reason.code for reason in row.reasons] == ["moon"]
 
 
 def test_steps_are_announced_in_order(text):
@@ -323,7 +392,7 @@ def test_steps_are_announced_in_order(text):
 
 def test_the_report_is_json_and_holds_the_resolution(text):
     data = json.loads(json.dumps(run(text, tokens=300, device="cpu").to_dict(), allow_nan=False))
-    assert data["ok"] is True and data["resolution"]["chosen"] == "sdpa" and data["pattern"] == PATTERN.spec
+    assert data["ok"] is True and data["resolution"]["chosen"] and data["pattern"] == PATTERN.spec
     assert {row["name"] for row in data["backends"]} >= {"sdpa", "reference"}
 
 
@@ -419,8 +488,6 @@ def test_a_wish_that_cannot_be_met_is_a_failure(text, monkeypatch):
 
 def test_where_nothing_fits_every_reason_is_told(text, monkeypatch):
     monkeypatch.setenv("LONGSPAN_BLOCK", "sdpa,reference")
-    others = [row.name for row in ls.backends() if row.name not in ("sdpa", "reference")]
-    monkeypatch.setenv("LONGSPAN_BLOCK", ",".join(["sdpa", "reference", *others]))
     with pytest.raises(ls.BackendUnavailable, match=r"(?s)sdpa: .*blocked"):
         run(text, tokens=300, device="cpu")
 

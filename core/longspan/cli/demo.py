@@ -12,8 +12,9 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from longspan import Verdict
 from longspan.cli import output
-from longspan.cli.verdicts import reasons, word
+from longspan.cli.verdicts import word
 from longspan.demo import DEFAULT_TOKENS, OnStep, Report, Row, run
 
 __all__ = ["demo"]
@@ -33,6 +34,7 @@ def demo(
 ) -> None:
     """Run causal dilated attention over a text with every backend that fits; check it, time it, compare it.
 
+    A backend too slow for the whole text runs on its beginning, unless it is chosen or named, and the table says so.
     Exit code 1 where a backend's result is further from the float64 oracle than it may be.
     """
     with output.quiet_stdout(), _progress() as on_step:
@@ -74,7 +76,7 @@ def _show(report: Report) -> None:
     span = "" if base.whole else f"\n(first {base.tokens:,}\ntokens)"
     columns = [
         ("backend", False),
-        ("chosen, or why not", False),
+        ("chosen, or\nwhy not", False),
         ("ms", True),
         ("tokens/s", True),
         ("peak MiB\nover inputs", True),
@@ -82,6 +84,9 @@ def _show(report: Report) -> None:
         (f"× dense SDPA{span}", True),
     ]
     output.table(columns, [_cells(report, row) for row in report.rows])
+    for row in report.rows:
+        for line in _remarks(report, row):
+            output.say(f"{row.name}: {line}")
     tokens = "all" if base.whole else "the first"
     output.say(f"dense SDPA (causal, torch's own) took {base.ms:,.0f} ms on {tokens} {base.tokens:,} tokens")
     output.say(
@@ -92,29 +97,39 @@ def _show(report: Report) -> None:
     output.say(_decision(report), "bold")
 
 
-def _decision(report: Report) -> str:
-    resolution = report.resolution
-    if resolution.decided_by == "auto":
-        return f"auto took {resolution.chosen}: {resolution.why}"
-    return f"{resolution.chosen or 'nothing'} was chosen by {resolution.decided_by}, not by auto: {resolution.why}"
-
-
 def _cells(report: Report, row: Row) -> tuple[str | Text, ...]:
-    verdict = report.resolution[row.name]
-    cell = word(report.resolution, verdict)
-    for line in (row.failure and f"failed: {row.failure}", reasons(verdict)):
-        if line:
-            cell.append(f"\n{line}", "red" if line.startswith("failed") else "")
+    """A row of the table; what does not fit into a cell is said in full below it."""
+    if row.state == "failed":
+        verdict = Text("failed", "bold red")
+    else:
+        verdict = word(report.resolution, Verdict(row.name, row.state == "ran", row.reasons))
+    if row.state == "refused":
+        verdict.append(f": {', '.join(dict.fromkeys(reason.field for reason in row.reasons))}")
+    on = f"\n(first {row.compared_tokens:,})" if 0 < row.compared_tokens < report.baseline.tokens else ""
     return (
         row.name,
-        cell,
-        _number(row.ms, ",.0f"),
+        verdict,
+        _number(row.ms, ",.0f") + (f"\n(first {row.tokens:,})" if row.tokens < report.tokens and row.ms else ""),
         _number(row.tokens_per_s, ",.0f"),
         _number(row.peak_mib, ",.0f"),
         _number(row.error, ".1e"),
-        _number(row.speedup, ".2f", "×"),
+        _number(row.speedup, ".2f", f"×{on}"),
     )
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:
     return "n/a" if value is None else f"{value:{form}}{unit}"
+
+
+def _remarks(report: Report, row: Row) -> list[str]:
+    found = [f"failed: {row.failure}"] if row.failure else []
+    if 0 < row.tokens < report.tokens:
+        found.append(f"ran on the first {row.tokens:,} tokens, too slow for all here; --backend {row.name} runs all")
+    return [*found, *map(str, row.reasons)]
+
+
+def _decision(report: Report) -> str:
+    resolution = report.resolution
+    if resolution.decided_by == "auto":
+        return f"auto took {resolution.chosen}: {resolution.why}"
+    return f"{resolution.chosen or 'nothing'} was chosen by {resolution.decided_by}, not by auto: {resolution.why}"

@@ -10,7 +10,7 @@ import typer
 import longspan
 from longspan import ArgumentError, Problem, Resolution
 from longspan.cli import output
-from longspan.cli.verdicts import reasons, word
+from longspan.cli.verdicts import word
 from longspan.lowering import lower
 
 __all__ = ["explain"]
@@ -104,7 +104,7 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 def _show(resolution: Resolution) -> None:
     output.say(str(resolution.problem), "bold")
     rows = [
-        (str(rank), verdict.name, word(resolution, verdict), reasons(verdict))
+        (str(rank), verdict.name, word(resolution, verdict), "\n".join(map(str, verdict.reasons)))
         for rank, verdict in enumerate(resolution.candidates, 1)
     ]
     output.table([("rank", True), ("backend", False), ("verdict", False), ("reasons", False)], rows)

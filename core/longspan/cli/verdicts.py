@@ -6,7 +6,7 @@ from rich.text import Text
 
 from longspan import Resolution, Verdict
 
-__all__ = ["reasons", "word"]
+__all__ = ["word"]
 
 
 def word(resolution: Resolution, verdict: Verdict) -> Text:
@@ -16,8 +16,3 @@ def word(resolution: Resolution, verdict: Verdict) -> Text:
     if not verdict.ok:
         return Text("no", "red")
     return Text("by name only", "yellow") if verdict.reasons else Text("ok", "green")
-
-
-def reasons(verdict: Verdict) -> str:
-    """Every reason with its fix, one a line."""
-    return "\n".join(map(str, verdict.reasons))

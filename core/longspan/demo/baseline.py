@@ -6,12 +6,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from longspan.demo.meter import measure, timed
+from longspan.demo.reach import prefixes
 from longspan.demo.report import Baseline
 
-__all__ = ["measure_dense"]
+__all__ = ["measure_dense", "time_dense"]
 
 PATIENCE_MS = 3_000.0
-START = 2048
 
 
 def measure_dense(query: Tensor, key: Tensor, value: Tensor) -> Baseline:
@@ -21,17 +21,23 @@ def measure_dense(query: Tensor, key: Tensor, value: Tensor) -> Baseline:
     measured on the prefix reached; nothing is extrapolated.
     """
     length = query.shape[2]
-    prefix = min(START, length)
+    reached, ms = 0, 0.0
+    for tokens in prefixes(length):
+        if reached and ms * (tokens / reached) ** 2 > PATIENCE_MS:
+            break
+        reached, ms = tokens, _run(query, key, value, tokens)
+    ms, runs = time_dense(query, key, value, reached)
+    return Baseline(tokens=reached, whole=reached == length, ms=ms, runs=runs)
 
-    def dense() -> Tensor:
-        return scaled_dot_product_attention(
-            query[:, :, :prefix], key[:, :, :prefix], value[:, :, :prefix], is_causal=True
-        )
 
-    dense()  # what is done once only is not counted
-    ms = timed(dense, query.device)[1]
-    while prefix < length and ms * (min(2 * prefix, length) / prefix) ** 2 <= PATIENCE_MS:
-        prefix = min(2 * prefix, length)
-        ms = timed(dense, query.device)[1]
-    ms, runs = measure(dense, query.device, ms)
-    return Baseline(tokens=prefix, whole=prefix == length, ms=ms, runs=runs)
+def time_dense(query: Tensor, key: Tensor, value: Tensor, tokens: int) -> tuple[float, int]:
+    """The median milliseconds of causal dense attention on the first tokens, and the number of runs."""
+    return measure(lambda: _dense(query, key, value, tokens), query.device)
+
+
+def _run(query: Tensor, key: Tensor, value: Tensor, tokens: int) -> float:
+    return timed(lambda: _dense(query, key, value, tokens), query.device)[1]
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor, tokens: int) -> Tensor:
+    return scaled_dot_product_attention(query[:, :, :tokens], key[:, :, :tokens], value[:, :, :tokens], is_causal=True)

@@ -27,9 +27,10 @@ class Row:
     """One backend. None stands for what was not measured.
 
     `state` is `ran`, `refused` (for its `reasons`) or `failed` (`failure` says how: it raised, or its error is above
-    the tolerance). `reasons` of a backend that ran say why auto does not take it. `ms` is the median of `runs` over
-    all tokens; `peak_mib` is memory beyond the inputs, the result included; `error` is the largest relative error of a
-    sampled row; `prefix_ms` is on the baseline's tokens, and `speedup` the baseline's time over it.
+    the tolerance). `reasons` of a backend that ran say why auto does not take it. `tokens` is how many it ran on: fewer
+    than all where it is too slow for them. On these, `ms` is the median of `runs`, `peak_mib` the memory beyond the
+    inputs, the result included, and `error` the largest relative error of a sampled row. `speedup` is the time of dense
+    attention over `compared_ms`, both on the first `compared_tokens`.
     """
 
     name: str
@@ -37,12 +38,14 @@ class Row:
     chosen: bool = False
     reasons: tuple[Reason, ...] = ()
     failure: str = ""
+    tokens: int = 0
     ms: float | None = None
     runs: int = 0
     tokens_per_s: float | None = None
     peak_mib: float | None = None
     error: float | None = None
-    prefix_ms: float | None = None
+    compared_tokens: int = 0
+    compared_ms: float | None = None
     speedup: float | None = None
 
 

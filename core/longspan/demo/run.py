@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,9 @@ HEADS = 8
 HEAD_DIM = 64
 PATTERN = Dilated((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12))
 """LongNet's branches (arXiv 2307.02486, section 4.1)."""
+
+SECONDS = 45.0
+"""For all backends together. The one that is chosen has all the time it needs, and so has one that was named."""
 
 OnStep = Callable[[str, int, int], None]
 
@@ -58,7 +62,8 @@ def run(
         on_step: called when a step begins, with its description, the number of steps done and their total.
 
     Returns:
-        What was measured. A backend that raises or is wrong is a failed row; the others still run.
+        What was measured. A backend that raises or is wrong is a failed row; the others still run. One that auto did
+        not take and that nobody named runs on a prefix where the whole would take too long, and its row says so.
 
     Raises:
         ArgumentError: a file, number, device or dtype that cannot serve.
@@ -99,11 +104,17 @@ def run(
         judge = Judge(*tensors, PATTERN, sample_rows(len(source), PATTERN, seed))
         begin(steps[2])
         trial = Trial(problem, tensors, judge, measure_dense(*tensors))
+        deadline = time.perf_counter() + SECONDS
         rows = []
         for verdict in verdicts:
+            chosen, share_ms = verdict.name == resolution.chosen, 0.0
             if verdict.ok:
                 begin(verdict.name)
-            rows.append(trial.row(verdict, chosen=verdict.name == resolution.chosen, exact=exact[verdict.name]))
+                # The time that is left is shared among the backends that are left.
+                left_ms = 1e3 * max(0.0, deadline - time.perf_counter())
+                share_ms = left_ms / (len(fitting) - fitting.index(verdict.name))
+            patience_ms = math.inf if chosen else share_ms
+            rows.append(trial.row(verdict, chosen=chosen, exact=exact[verdict.name], patience_ms=patience_ms))
     return Report(
         text=source.source,
         tokens=len(source),

@@ -76,7 +76,8 @@ def _standard_library(count: int) -> Text:
         got = f"nothing, and no readable .py file is in the standard library's folder {str(root)!r}"
         raise ArgumentError("TEXT", got, "a text file", "name a text file")
     version = sysconfig.get_python_version()
-    return Text(f"the Python {version} standard library's sources, {first} to {last}", _tensor(bytes(found)))
+    files = first if first == last else f"{first} to {last}"
+    return Text(f"the Python {version} standard library's sources, {files}", _tensor(bytes(found)))
 
 
 def _sources(root: Path) -> Iterator[Path]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from attrs import evolve, frozen
 from torch import Tensor
 
+from longspan.demo.baseline import time_dense
 from longspan.demo.judge import Judge
 from longspan.demo.meter import PeakMemory, measure, timed
+from longspan.demo.reach import reach
 from longspan.demo.report import Baseline, Row
-from longspan.plan import Plan, plan
+from longspan.plan import plan
 from longspan.spec import Problem, Verdict
 
 __all__ = ["Trial"]
-
-WARM_UP = 4096
 
 
 @frozen
@@ -25,13 +27,17 @@ class Trial:
     judge: Judge
     baseline: Baseline
 
-    def row(self, verdict: Verdict, *, chosen: bool, exact: bool) -> Row:
-        """Run the backend if it fits. `exact`: False for an approximation, whose error is shown and not judged."""
+    def row(self, verdict: Verdict, *, chosen: bool, exact: bool, patience_ms: float) -> Row:
+        """Run the backend if it fits.
+
+        `exact`: False for an approximation, whose error is shown and not judged. `patience_ms`: a backend that would
+        take longer for the whole runs on a prefix.
+        """
         row = Row(name=verdict.name, state="refused", chosen=chosen, reasons=verdict.reasons)
         if not verdict.ok:
             return row
         try:
-            row = self._run(evolve(row, state="ran"))
+            row = self._run(evolve(row, state="ran"), patience_ms)
         except Exception as error:  # noqa: BLE001 - whatever a backend raises is its row's, the others still run
             return evolve(row, state="failed", failure=f"{type(error).__name__}: {error}")
         assert row.error is not None  # it ran
@@ -40,33 +46,45 @@ class Trial:
             return evolve(row, state="failed", failure=wrong)
         return row
 
-    def _run(self, row: Row) -> Row:
-        length, device = self.problem.q_len, self.tensors[0].device
-        planned = plan(self.problem, row.name)
-        self._prefix(row.name, min(WARM_UP, length))  # what is done once only is not counted
+    def _run(self, row: Row, patience_ms: float) -> Row:
+        device = self.tensors[0].device
+        tokens = reach(self.problem, patience_ms, lambda tokens: self._warm(row.name, tokens))
+        call = self._call(row.name, tokens)
         with PeakMemory(device) as memory:
-            (out, _), first_ms = timed(lambda: planned(*self.tensors), device)
+            (out, _), first_ms = timed(call, device)
         error = self.judge.error(out)
-        del out, _  # a second result beside this one would need its memory too
-        ms, runs = measure(lambda: planned(*self.tensors), device, first_ms)
-        prefix_ms = ms
-        if not self.baseline.whole:
-            short, tensors = self._prefix(row.name, self.baseline.tokens)
-            prefix_ms, _ = measure(lambda: short(*tensors), device)
+        del out, _  # beside them, the next run's results would need memory of their own
+        ms, runs = measure(call, device, first_ms)
+        compared = min(tokens, self.baseline.tokens)
+        mine = ms
+        if compared < tokens:
+            short = self._call(row.name, compared)
+            short()  # what is done once only is not counted
+            mine, _ = measure(short, device)
+        dense = self.baseline.ms
+        if compared < self.baseline.tokens:
+            dense, _ = time_dense(*self.tensors, compared)
         return evolve(
             row,
+            tokens=tokens,
             ms=ms,
             runs=runs,
-            tokens_per_s=1e3 * length / ms,
+            tokens_per_s=1e3 * tokens / ms,
             peak_mib=memory.mib,
             error=error,
-            prefix_ms=prefix_ms,
-            speedup=self.baseline.ms / prefix_ms,
+            compared_tokens=compared,
+            compared_ms=mine,
+            speedup=dense / mine,
         )
 
-    def _prefix(self, backend: str, tokens: int) -> tuple[Plan, list[Tensor]]:
-        """A plan for the first tokens, run once, and their tensors."""
-        short = plan(self.problem.replace(q_len=tokens, kv_len=tokens), backend)
-        tensors = [tensor[:, :, :tokens] for tensor in self.tensors]
-        short(*tensors)
-        return short, tensors
+    def _call(self, backend: str, tokens: int) -> Callable[[], tuple[Tensor, Tensor]]:
+        """The first tokens by this backend."""
+        planned = plan(self.problem.replace(q_len=tokens, kv_len=tokens), backend)
+        query, key, value = (tensor[:, :, :tokens] for tensor in self.tensors)
+        return lambda: planned(query, key, value)
+
+    def _warm(self, backend: str, tokens: int) -> float:
+        """Milliseconds of a second run, which does not do again what is done once only."""
+        call = self._call(backend, tokens)
+        call()
+        return timed(call, self.tensors[0].device)[1]
