@@ -23,7 +23,7 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    pattern: Pattern = ...,
+    pattern: Pattern | None = ...,
     *,
     is_causal: bool = ...,
     scale: float | None = ...,
@@ -42,7 +42,7 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    pattern: Pattern = ...,
+    pattern: Pattern | None = ...,
     *,
     is_causal: bool = ...,
     scale: float | None = ...,
@@ -60,7 +60,7 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    pattern: Pattern = _DENSE,
+    pattern: Pattern | None = _DENSE,
     *,
     is_causal: bool = False,
     scale: float | None = None,
@@ -99,6 +99,8 @@ def attention(
         BackendUnavailable: the named backend does not fit, or none does; the message holds the reasons.
         UnknownBackend: a name nobody registered.
     """
+    if pattern is None:
+        pattern = _DENSE
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         query, key, value = follow_autocast(query, key, value)
     if in_graph():

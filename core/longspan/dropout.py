@@ -12,7 +12,9 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-__all__ = ["Draw", "Dropout", "draw_seed"]
+from longspan.errors import ArgumentError
+
+__all__ = ["Draw", "Dropout", "check_seed", "draw_seed", "signed"]
 
 
 @frozen
@@ -44,10 +46,11 @@ class Dropout:
         Returns:
             `(batch, heads, rows, keys)` of these slices, in `dtype`.
         """
-        seed = torch.full((), _signed(self.seed), dtype=torch.int64, device=self.lines.device)
-        line = _mix64(_mix64(seed) + self.lines[batch])
-        row = _mix64(line.unsqueeze(-1) ^ _mix64(self.queries[batch, :, rows])).to(torch.int32)
-        column = _mix64(_mix64(seed + 1) ^ _mix64(self.keys[batch, :, keys])).to(torch.int32)
+        seed = torch.full((), signed(self.seed), dtype=torch.int64, device=self.lines.device)
+        start = _mix64(seed + _DOMAINS[0])  # a domain each, so that no seed, line or position stands for another
+        line = _mix64(start + _mix64(self.lines[batch] + _DOMAINS[1]))
+        row = _mix64(line.unsqueeze(-1) + _mix64(self.queries[batch, :, rows] + _DOMAINS[2])).to(torch.int32)
+        column = _mix64(start + _mix64(self.keys[batch, :, keys] + _DOMAINS[3])).to(torch.int32)
         kept = _mix32(row.unsqueeze(-1) ^ column.unsqueeze(-2)) >= int(self.p * 2**32) - 2**31
         return kept.to(dtype).mul_(1.0 / (1.0 - self.p))
 
@@ -56,19 +59,25 @@ class Dropout:
         return Dropout(self.p, self.seed, self.lines, self.queries.flip(-1), self.keys.flip(-1))
 
 
+def check_seed(seed: object) -> None:
+    """Refuse what is no integer."""
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+        raise ArgumentError("dropout_seed", repr(seed), "an integer or None", "e.g. dropout_seed=0")
+
+
 def draw_seed() -> int:
     """A seed from torch's default CPU generator: `torch.manual_seed` makes it repeat, checkpointing restores it."""
     return int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64))
 
 
-def _signed(number: int) -> int:
+def signed(number: int) -> int:
     """The 64-bit two's complement of a seed of any size."""
     return (number + 2**63) % 2**64 - 2**63
 
 
 def _mix64(x: Tensor) -> Tensor:
-    x = (x ^ (x >> 30 & (1 << 34) - 1)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> 27 & (1 << 37) - 1)) * _signed(0x94D049BB133111EB)
+    x = (x ^ (x >> 30 & (1 << 34) - 1)) * signed(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> 27 & (1 << 37) - 1)) * signed(0x94D049BB133111EB)
     return x ^ (x >> 31 & (1 << 33) - 1)
 
 
@@ -80,3 +89,9 @@ def _mix32(x: Tensor) -> Tensor:
     x *= 0x846CA68B - 2**32
     x ^= x >> 16 & (1 << 16) - 1
     return x
+
+
+_DOMAINS = tuple(
+    signed(number) for number in (0x9E3779B97F4A7C15, 0xD1B54A32D192ED03, 0xABC98388FB8FAC03, 0x8CB92BA72F3D8DD7)
+)
+"""Odd constants without structure, one for each kind of number that is mixed."""

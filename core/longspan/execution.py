@@ -143,12 +143,13 @@ def _launches(
             if draw is None:
                 yield call, step, block, {}
                 continue
+            positions = block.coordinates(key_positions, query.device, of_keys=True)
             dropout = Dropout(
                 draw.p,
                 draw.seed,
                 block.coordinates(lines, query.device)[..., 0],
                 block.coordinates(query_positions, query.device) + draw.query_offset,
-                block.coordinates(key_positions, query.device, of_keys=True),
+                positions if block.key_shape[1] == block.query_shape[1] else positions[:, :1],  # shared heads: the same
             )
             yield call, step, block, {"dropout": dropout.flipped() if call.flipped else dropout}
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from attrs import evolve
 
 from longspan.discovery import registry
 from longspan.lowering import dense_problem, lower
 from longspan.policy import current
-from longspan.resolve import is_native, resolve
+from longspan.resolve import is_native, refusals, resolve
 from longspan.spec import Candidate, Device, Problem, Reason, Resolution
 
 __all__ = ["explain"]
@@ -31,7 +33,7 @@ def explain(problem: Problem, device: Device | str | None = None, *, backend: st
     candidates, policy = registry.candidates(), current(backend)
     resolution = resolve(problem, candidates, policy)
     fitting = [candidate for candidate in candidates if resolution[candidate.name].ok]
-    if refused := {one.name: reasons for one in fitting if (reasons := _refuses_a_part(problem, one))}:
+    if refused := _refused_parts(problem, fitting):
         resolution = resolve(problem, candidates, policy, refused)
     notes = []
     if not present(problem.device):
@@ -42,17 +44,24 @@ def explain(problem: Problem, device: Device | str | None = None, *, backend: st
     return evolve(resolution, notes=(*resolution.notes, *notes))
 
 
-def _refuses_a_part(problem: Problem, candidate: Candidate) -> tuple[Reason, ...]:
-    """A backend's own reasons against the dense problems that this problem lowers to; of one kind, the first."""
-    can = candidate.info.capabilities
-    if can is None or not candidate.refuses or is_native(problem, can):
-        return ()
-    parts = dict.fromkeys(dense_problem(problem, call, can.gqa) for call in lower(problem).calls)
-    found: dict[tuple[str, str], Reason] = {}
-    for part in parts:
-        for reason in candidate.unsupported(part):
-            found.setdefault((reason.code, reason.field), reason)
-    return tuple(found.values())
+def _refused_parts(problem: Problem, candidates: Sequence[Candidate]) -> dict[str, tuple[Reason, ...]]:
+    """What backends hold against the dense problems that this problem lowers to; of one kind, the first."""
+    lowered: dict[bool, list[Problem]] = {}
+    refused = {}
+    for candidate in candidates:
+        can = candidate.info.capabilities
+        if can is None or is_native(problem, can):
+            continue
+        if can.gqa not in lowered:
+            parts = (dense_problem(problem, call, can.gqa) for call in lower(problem).calls)
+            lowered[can.gqa] = list(dict.fromkeys(parts))
+        found: dict[tuple[str, str], Reason] = {}
+        for part in lowered[can.gqa]:
+            for reason in refusals(part, candidate):
+                found.setdefault((reason.code, reason.field), reason)
+        if found:
+            refused[candidate.name] = tuple(found.values())
+    return refused
 
 
 def present(device: Device) -> bool:

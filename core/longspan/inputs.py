@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from longspan.errors import ArgumentError
+from longspan.patterns import Pattern
 
-__all__ = ["check_boundaries", "check_inputs", "check_number"]
+__all__ = ["check_arguments", "check_boundaries", "check_inputs", "check_number"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -83,6 +84,37 @@ def check_inputs(
         "documents": None if cu_seqlens is None else _documents(cu_seqlens, query, key.shape[2]),
         "query_offset": query_offset or 0,
     }
+
+
+def check_arguments(
+    pattern: object,
+    is_causal: object,
+    enable_gqa: object,
+    scale: object,
+    dropout_p: object,
+    cu_seqlens: object,
+    query_offset: object,
+) -> None:
+    """What can be said of the arguments without looking into the tensors, in code that a tracer follows."""
+    if not isinstance(pattern, Pattern):
+        raise ArgumentError("pattern", repr(pattern), "a longspan pattern", "e.g. longspan.Dense()")
+    if not isinstance(is_causal, bool):
+        raise ArgumentError("is_causal", type(is_causal).__name__, "True or False")
+    if not isinstance(enable_gqa, bool):
+        raise ArgumentError("enable_gqa", type(enable_gqa).__name__, "True or False")
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float)):
+        raise ArgumentError("scale", repr(scale), "a finite number")
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float):
+        raise ArgumentError("dropout_p", repr(dropout_p), "a finite number")
+    if query_offset is not None and (isinstance(query_offset, bool) or not isinstance(query_offset, int)):
+        raise ArgumentError("query_offset", repr(query_offset), "an integer position")
+    if cu_seqlens is not None and not isinstance(cu_seqlens, torch.Tensor):
+        whole = isinstance(cu_seqlens, list | tuple)
+        if isinstance(cu_seqlens, list | tuple):
+            for one in cu_seqlens:
+                whole = whole and isinstance(one, int) and not isinstance(one, bool)
+        if not whole:
+            raise ArgumentError("cu_seqlens", repr(cu_seqlens), "an integer tensor or tuple, e.g. (0, 5, 9)")
 
 
 def check_boundaries(bounds: Sequence[object], q_len: int, kv_len: int) -> tuple[int, ...]:

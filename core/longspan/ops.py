@@ -7,7 +7,7 @@ the operator first meets real tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -18,8 +18,10 @@ from torch._C._functorch import maybe_current_level  # noqa: PLC2701 - torch has
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
+from longspan.dropout import check_seed, signed
 from longspan.errors import ArgumentError
-from longspan.patterns import Pattern, parse_pattern
+from longspan.inputs import check_arguments
+from longspan.patterns import Pattern, decode
 from longspan.policy import in_force
 
 __all__ = ["attend_in_graph", "by_operator", "find_plans_by", "in_graph"]
@@ -62,6 +64,7 @@ def _plan(
     value: Tensor,
     cu_seqlens: Tensor | None,
     pattern: str,
+    numbers: Sequence[int],
     is_causal: bool,
     scale: float | None,
     dropout_p: float,
@@ -70,8 +73,7 @@ def _plan(
     policy: str,
 ) -> Found:
     assert _find is not None, "longspan.planner sets it on import"
-    pattern_value = parse_pattern(pattern)
-    given = (pattern_value, is_causal, scale, dropout_p, enable_gqa, cu_seqlens, query_offset, None)
+    given = (decode(pattern, numbers), is_causal, scale, dropout_p, enable_gqa, cu_seqlens, query_offset, None)
     with in_force(policy):
         return _find(query, key, value, *given)
 
@@ -84,6 +86,7 @@ def _attention(
     cu_seqlens: Tensor | None,
     seed: Tensor | None,
     pattern: str,
+    numbers: Sequence[int],
     is_causal: bool,
     scale: float | None,
     dropout_p: float,
@@ -91,7 +94,9 @@ def _attention(
     query_offset: int | None,
     policy: str,
 ) -> tuple[Tensor, Tensor]:
-    made = _plan(query, key, value, cu_seqlens, pattern, is_causal, scale, dropout_p, enable_gqa, query_offset, policy)
+    made = _plan(
+        query, key, value, cu_seqlens, pattern, numbers, is_causal, scale, dropout_p, enable_gqa, query_offset, policy
+    )
     with torch.no_grad():
         out, lse = made.run(query, key, value, None if seed is None else int(seed))
     return out.contiguous(), lse.contiguous()
@@ -114,6 +119,7 @@ def _attention_backward(
     cu_seqlens: Tensor | None,
     seed: Tensor | None,
     pattern: str,
+    numbers: Sequence[int],
     is_causal: bool,
     scale: float | None,
     dropout_p: float,
@@ -121,7 +127,9 @@ def _attention_backward(
     query_offset: int | None,
     policy: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    made = _plan(query, key, value, cu_seqlens, pattern, is_causal, scale, dropout_p, enable_gqa, query_offset, policy)
+    made = _plan(
+        query, key, value, cu_seqlens, pattern, numbers, is_causal, scale, dropout_p, enable_gqa, query_offset, policy
+    )
     with torch.no_grad():
         dq, dk, dv = made.backward(dout, query, key, value, out, lse, dlse=dlse, seed=0 if seed is None else int(seed))
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
@@ -227,6 +235,12 @@ def _refuse_mapped(dims: tuple[int | None, ...]) -> None:
         )
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _transformed() -> bool:
+    """Whether functorch is looking on: asked while tracing, not in the graph."""
+    return maybe_current_level() is not None
+
+
 def in_graph() -> bool:
     """Whether torch.compile, torch.export or functorch is looking on, or somebody asked for the operators."""
     return is_compiling() or maybe_current_level() is not None or _by_operator.get()
@@ -257,20 +271,24 @@ def attend_in_graph(
     seed: int | None,
 ) -> tuple[Tensor, Tensor]:
     """`(out, lse)` by the operator that a graph holds."""
+    check_arguments(pattern, is_causal, enable_gqa, scale, dropout_p, cu_seqlens, query_offset)
+    check_seed(seed)
+    words, numbers = pattern.code
     boundaries = cu_seqlens
     if boundaries is not None and not isinstance(boundaries, Tensor):
         boundaries = torch.tensor(boundaries, dtype=torch.int64, device=query.device)
     drawn = None
     if dropout_p:
-        drawn = torch.randint(-(2**63), 2**63 - 1, ()) if seed is None else torch.tensor(seed)
-    attend: Any = _attention if maybe_current_level() is None else _Transformable.apply
+        drawn = torch.randint(-(2**63), 2**63 - 1, ()) if seed is None else torch.tensor(signed(seed))
+    attend: Any = _Transformable.apply if _transformed() else _attention
     result: tuple[Tensor, Tensor] = attend(
         query,
         key,
         value,
         boundaries,
         drawn,
-        pattern.spec,
+        words,
+        numbers,
         is_causal,
         scale,
         dropout_p,

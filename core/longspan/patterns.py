@@ -9,7 +9,7 @@ from attrs import frozen
 
 from longspan.errors import ArgumentError
 
-__all__ = ["Dense", "Dilated", "Pattern", "SlidingWindow", "parse_pattern"]
+__all__ = ["Dense", "Dilated", "Pattern", "SlidingWindow", "decode", "parse_pattern"]
 
 
 class Pattern:
@@ -29,6 +29,11 @@ class Pattern:
     def spec(self) -> str:
         """The pattern as text, as on the command line."""
         return self.kind
+
+    @property
+    def code(self) -> tuple[str, list[int]]:
+        """The pattern as words and numbers, for a graph in which numbers may be symbols; `decode` reads it back."""
+        return self.kind, []
 
     def check(self, heads: int) -> None:
         """Raise `ArgumentError` if the pattern cannot be applied to this number of query heads."""
@@ -111,6 +116,11 @@ class Dilated(Pattern):
         words = [word for word in (self.heads, self.offset) if word in ("grouped", "block")]
         return ":".join(["dilated", branches, *words])
 
+    @property
+    def code(self) -> tuple[str, list[int]]:
+        """The head words, then segment lengths and rates."""
+        return f"dilated:{self.heads}:{self.offset}", [*self.segment_lengths, *self.dilation_rates]
+
     def check(self, heads: int) -> None:
         """Under `"grouped"` every branch needs a head of its own."""
         branches = len(self.segment_lengths)
@@ -152,6 +162,22 @@ class SlidingWindow(Pattern):
     def spec(self) -> str:
         """`window:left,right`."""
         return f"window:{self.left},{self.right}"
+
+    @property
+    def code(self) -> tuple[str, list[int]]:
+        """Both reaches."""
+        return self.kind, [self.left, self.right]
+
+
+def decode(words: str, numbers: Sequence[int]) -> Pattern:
+    """The pattern that `Pattern.code` took apart."""
+    kind, *rest = words.split(":")
+    if kind == "dense":
+        return Dense()
+    if kind == "window":
+        return SlidingWindow(*numbers)
+    half = len(numbers) // 2
+    return Dilated(tuple(numbers[:half]), tuple(numbers[half:]), *rest)
 
 
 def parse_pattern(text: str) -> Pattern:

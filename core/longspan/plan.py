@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longspan.autocast import follow_autocast
 from longspan.autograd import Differentiable
-from longspan.dropout import Draw, draw_seed
+from longspan.dropout import Draw, check_seed, draw_seed
 from longspan.errors import ArgumentError
 from longspan.explain import explain
 from longspan.ops import attend_in_graph, in_graph
@@ -111,6 +111,8 @@ class Plan:
     def run(self, query: Tensor, key: Tensor, value: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
         """What a call does after its checks, for callers that have made them."""
         draw = None
+        if seed is not None:
+            check_seed(seed)
         if self._dropout_p:
             draw = Draw(self._dropout_p, draw_seed() if seed is None else seed, self.problem.query_offset)
         if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):

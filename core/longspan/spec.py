@@ -421,7 +421,6 @@ class Candidate:
 
     info: BackendInfo
     unsupported: Callable[[Problem], Iterable[Reason]] = field(default=_no_reasons, repr=False, eq=False)
-    refuses: bool = False  # brings reasons of its own
 
     @property
     def name(self) -> str:
