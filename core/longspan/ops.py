@@ -235,12 +235,6 @@ def _refuse_mapped(dims: tuple[int | None, ...]) -> None:
         )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _transformed() -> bool:
-    """Whether functorch is looking on: asked while tracing, not in the graph."""
-    return maybe_current_level() is not None
-
-
 def in_graph() -> bool:
     """Whether torch.compile, torch.export or functorch is looking on, or somebody asked for the operators."""
     return is_compiling() or maybe_current_level() is not None or _by_operator.get()
@@ -280,7 +274,7 @@ def attend_in_graph(
     drawn = None
     if dropout_p:
         drawn = torch.randint(-(2**63), 2**63 - 1, ()) if seed is None else torch.tensor(signed(seed))
-    attend: Any = _Transformable.apply if _transformed() else _attention
+    attend: Any = _attention if maybe_current_level() is None else _Transformable.apply
     result: tuple[Tensor, Tensor] = attend(
         query,
         key,

@@ -276,7 +276,8 @@ def test_one_operator_and_nothing_else(name):
     assert len(graphs) == 1
     nodes = [node.target for node in graphs[0].graph.nodes if node.op == "call_function"]
     assert nodes.count(torch.ops.longspan.attention.default) == 1
-    assert set(nodes) <= {torch.ops.longspan.attention.default, operator.getitem}
+    asked = torch._C._functorch.maybe_current_level  # a question to torch, which costs nothing and AOT drops
+    assert set(nodes) <= {torch.ops.longspan.attention.default, operator.getitem, asked}
 
 
 def test_a_model_around_it_does_not_break():
