@@ -50,8 +50,10 @@ def forward(
     for block in _blocks(query, key, is_causal):
         at = block.batch, slice(None), block.rows
         scores = block.scores(block.grouped(query).to(wide), key, scale, wide)
-        block_lse = scores.logsumexp(-1)
-        weights = scores.sub_(block_lse.unsqueeze(-1)).exp_()
+        largest = scores.amax(-1, keepdim=True)
+        weights = scores.sub_(largest).exp_()  # relative to the largest, which loses less than relative to the lse
+        total = weights.sum(-1, keepdim=True)
+        block_lse = (largest + total.log()).squeeze(-1)
         if dropout is not None:
             weights *= block.factors(dropout, weights)
         plain = block.before(value).to(wide)
@@ -59,7 +61,10 @@ def forward(
         if is_causal:
             edge = block.edge(value).to(wide)
             part += weights[..., plain.shape[2] :] @ torch.where(edge.isfinite(), edge, 0.0)
+            part /= total
             block.add(part, taint(edge))
+        else:
+            part /= total
         out[at] = part.view_as(out[at])
         lse[at] = block_lse.view_as(lse[at])
     return out, lse
@@ -117,11 +122,12 @@ def backward(
             held -= block.grouped(dlse.unsqueeze(-1)).to(wide)
         slope = slope.sub_(held).mul_(weights).mul_(scale)
         keys = block.keys_of(key).to(wide)
-        if is_causal:  # 0 * NaN is NaN: what a row may not see must not reach it
-            block.hide(slope, 0.0)
-            keys = torch.where(keys.isfinite(), keys, 0.0)
+        if is_causal:  # 0 * NaN is NaN: what a row may not see must reach neither it nor be reached by it
+            for hidden in (slope, weights, dropped):
+                block.hide(hidden, 0.0)
+            keys, q = (torch.where(x.isfinite(), x, 0.0) for x in (keys, q))
         at = block.batch, slice(None), block.rows
-        dvalue[block.batch, :, block.keys] += dropped.transpose(-1, -2) @ do
+        dvalue[block.batch, :, block.keys] += _products(dropped, do, is_causal)
         dquery[at] = (slope @ keys).view_as(dquery[at])
         dkey[block.batch, :, block.keys] += slope.transpose(-1, -2) @ q
     return dquery, dkey.to(key.dtype), dvalue.to(value.dtype)
@@ -137,6 +143,16 @@ def taint(value: Tensor) -> Tensor:
         value: `(..., seq, head_dim)`.
     """
     return torch.where(value.isfinite(), 0.0, value).cumsum(-2)
+
+
+def _products(weights: Tensor, do: Tensor, is_causal: bool) -> Tensor:
+    """`weights^T @ do`, where a NaN or inf in `do` reaches only the keys that have a weight in its row."""
+    finite = do.isfinite()
+    if not is_causal or bool(finite.all()):
+        return weights.transpose(-1, -2) @ do
+    found = weights.transpose(-1, -2) @ torch.where(finite, do, 0.0)
+    seen = (weights != 0).to(do.dtype).transpose(-1, -2) @ (~finite).to(do.dtype)
+    return found.masked_fill_(seen > 0, torch.nan)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

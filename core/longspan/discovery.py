@@ -14,6 +14,7 @@ import time
 import warnings
 import weakref
 from collections import defaultdict
+from contextlib import nullcontext
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -25,6 +26,7 @@ from longspan import hookspecs
 from longspan.defaults import Defaults
 from longspan.errors import DuplicateBackend, PluginError, PluginWarning
 from longspan.policy import flag, is_name, names
+from longspan.quarantine import Watch
 from longspan.spec import BackendInfo, Candidate, Capabilities, Problem, Reason
 
 __all__ = ["GROUP", "Registry", "registry"]
@@ -66,11 +68,7 @@ class Registry:
         with self._lock:
             rows = sorted(self._ledger.values(), key=lambda row: row.name)
             return tuple(
-                Candidate(
-                    row,
-                    _Unsupported(self.lane(row.name, "longspan_unsupported")),
-                    hasattr(self._manager.get_plugin(row.name), "longspan_unsupported"),
-                )
+                Candidate(row, _Unsupported(self.lane(row.name, "longspan_unsupported")))
                 if row.state == "loaded"
                 else Candidate(row)
                 for row in rows
@@ -189,9 +187,10 @@ class Registry:
                 rows.append(evolve(_row(point), error=f"not among LONGSPAN_PLUGINS={','.join(allowed)}"))
             else:
                 welcome[point.name].append(point)
+        watch = Watch()
         try:
             for same in welcome.values():
-                rows += [_load(self._manager, point) if len(same) == 1 else _duplicate(point, same) for point in same]
+                rows += [self.load(point, watch) if len(same) == 1 else _duplicate(point, same) for point in same]
             for row in rows:
                 if row.state in ("broken", "duplicate", "incompatible"):
                     _complain(row, strict)
@@ -200,6 +199,8 @@ class Registry:
                 if self._manager.has_plugin(name) and name not in self._extensions:
                     self._manager.unregister(name=name)
             raise
+        finally:
+            watch.close()
         fresh = {row.name for row in rows}
         self._extra = [row for row in self._extra if row.name not in fresh or row.state != "blocked"]
         for name in fresh:  # of one name, the row that was let in stands for it
@@ -208,6 +209,10 @@ class Registry:
             self._extra += others
         self._unimported, self._block, self._found = unimported, blocked, True
         self.generation += 1
+
+    def load(self, point: EntryPoint, watch: Watch) -> BackendInfo:
+        """Import one entry point that is welcome, and say what became of it. `longspan.doctor` imports elsewhere."""
+        return _load(self._manager, point, watch)
 
 
 _registries: weakref.WeakSet[Registry] = weakref.WeakSet()
@@ -274,12 +279,16 @@ def _duplicate(point: EntryPoint, same: list[EntryPoint]) -> BackendInfo:
     return evolve(_row(point), state="duplicate", error=error)
 
 
-def _load(manager: pluggy.PluginManager, point: EntryPoint) -> BackendInfo:
-    """Import one entry point, and say what became of it."""
+def _load(manager: pluggy.PluginManager, point: EntryPoint, watch: Watch) -> BackendInfo:
+    """Import one entry point, and say what became of it. Our own modules crash nothing and are not watched."""
     row, start = _row(point), time.perf_counter()
+    watched = row.distribution not in ("", BUILTIN)
+    if watched and (crash := watch.crash(row.name, row.distribution, row.version)):
+        return evolve(row, state="broken", error=str(crash))
     try:
-        plugin = point.load()
-        row = _commit(manager, plugin, evolve(row, state="loaded", description=_summary(plugin)))
+        with watch.importing(row.name, row.distribution, row.version) if watched else nullcontext():
+            plugin = point.load()
+            row = _commit(manager, plugin, evolve(row, state="loaded", description=_summary(plugin)))
     except _Incompatible as error:
         row = evolve(row, state="incompatible", error=str(error))
     except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a plugin does on import, the others go on

@@ -65,7 +65,7 @@ def _operators(problem: Problem) -> tuple[Callable[..., Any], Callable[..., Any]
             return aten_flash.forward, aten_flash.backward, "aten::_scaled_dot_product_flash_attention"
         if device in ("cuda", "rocm") and problem.dtype != "float64" and problem.head_dim % 8 == 0:
             return _efficient_forward, _efficient_backward, "aten::_scaled_dot_product_efficient_attention"
-    return blockwise.forward, blockwise.backward, "aten::logsumexp"
+    return blockwise.forward, blockwise.backward, "aten::amax"
 
 
 def _takes_flash(problem: Problem) -> bool:
@@ -80,19 +80,25 @@ _cpu_flash_backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.
 
 
 def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    result: tuple[Tensor, Tensor] = _cpu_flash(query, key, value, 0.0, is_causal, scale=scale)
-    if is_causal and not _finite(result[0]):  # masked weights are multiplied too, and 0 times NaN is NaN
+    out, lse = _cpu_flash(query, key, value, 0.0, is_causal, scale=scale)
+    group = query.shape[1] // key.shape[1]
+    if is_causal and not _finite(out):  # the operator multiplies masked weights, and 0 times NaN is NaN
         out, lse = _cpu_flash(query, key, torch.where(value.isfinite(), value, 0.0), 0.0, True, scale=scale)
-        return out + blockwise.taint(value).repeat_interleave(query.shape[1] // key.shape[1], 1), lse
-    return result
+        out = out + blockwise.taint(value).repeat_interleave(group, 1)
+    if not lse.all() and not (_finite(query) and _finite(key)):  # it makes rows whose scores are all NaN zero
+        bad = (~key.isfinite()).any(-1).repeat_interleave(group, 1)
+        seen = bad.cummax(-1).values if is_causal else bad.any(-1, keepdim=True)
+        zeroed = (lse == 0) & ((~query.isfinite()).any(-1) | seen)
+        out, lse = out.masked_fill(zeroed.unsqueeze(-1), math.nan), lse.masked_fill(zeroed, math.nan)
+    return out, lse
 
 
 def _cpu_backward(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *, is_causal: bool, scale: float
 ) -> Gradients:
-    if is_causal and not (_finite(value) and _finite(key)):
-        return blockwise.backward(dout, query, key, value, out, lse, is_causal=True, scale=scale)
     result: Gradients = _cpu_flash_backward(dout, query, key, value, out, lse, 0.0, is_causal, scale=scale)
+    if is_causal and not all(map(_finite, result)):
+        return blockwise.backward(dout, query, key, value, out, lse, is_causal=True, scale=scale)
     return result
 
 

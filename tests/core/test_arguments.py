@@ -434,11 +434,7 @@ GRAD_SETTINGS = [(argument, name) for argument, named in GRAD_TABLE.items() for 
 GRAD_CASES = [
     (),
     *((one,) for one in GRAD_SETTINGS),
-    *(
-        (a, b)
-        for a, b in combinations(GRAD_SETTINGS, 2)
-        if a[0] != b[0] and frozenset({a[0], b[0]}) not in ILLEGAL
-    ),
+    *((a, b) for a, b in combinations(GRAD_SETTINGS, 2) if a[0] != b[0] and frozenset({a[0], b[0]}) not in ILLEGAL),
 ]
 IN_DOUBLE = tuple(name for name in BACKENDS if base_dtype(name) == "float64")
 GRADCHECKS = [

@@ -79,7 +79,8 @@ def assert_close(got, want, what, tolerance=1e-12):
     assert got.shape == want.shape and not got.isnan().any(), what
     assert torch.equal(got == -math.inf, want == -math.inf), what
     finite = want.isfinite()
-    torch.testing.assert_close(got[finite].double(), want[finite], rtol=tolerance, atol=tolerance, msg=lambda m: what + m)
+    given = {"rtol": tolerance, "atol": tolerance, "msg": lambda said: f"{what}: {said}"}
+    torch.testing.assert_close(got[finite].double(), want[finite], **given)
 
 
 # --- exactness ------------------------------------------------------------------------------------------------------
@@ -339,9 +340,7 @@ def test_compiled_with_a_seed_it_drops_the_same_pairs(backend):
 def test_compiled_without_a_seed_the_backward_draws_the_forwards_mask():
     """The gradient with respect to the identity shows the mask that the backward drew."""
     n = 29
-    compiled = torch.compile(
-        lambda q, k, v: ls.attention(q, k, v, dropout_p=0.5), fullgraph=True, backend="aot_eager"
-    )
+    compiled = torch.compile(lambda q, k, v: ls.attention(q, k, v, dropout_p=0.5), fullgraph=True, backend="aot_eager")
     query, key = (torch.zeros(2, 4, n, n, dtype=torch.float64) for _ in range(2))
     value = torch.eye(n, dtype=torch.float64).expand(2, 4, n, n).contiguous().requires_grad_()
     torch.manual_seed(0)

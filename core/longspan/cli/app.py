@@ -13,6 +13,7 @@ from longspan import LongspanError, PluginWarning, __version__
 from longspan.cli import output
 from longspan.cli.backends import backends
 from longspan.cli.demo import demo
+from longspan.cli.doctor import doctor
 from longspan.cli.explain import explain
 from longspan.cli.matrix import matrix
 from longspan.cli.verify import verify
@@ -28,6 +29,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(backends)
 app.command()(explain)
+app.command()(doctor)
 app.command()(matrix)
 app.command()(verify)
 

@@ -1,0 +1,121 @@
+"""The right answer to a case, and what naive torch of the same dtype makes of it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from longspan.dropout import Dropout
+from longspan.spec import Problem
+from longspan.testing.oracle import oracle, visible
+from longspan.testing.tensors import Inputs
+
+__all__ = ["SEED", "Answer", "answer", "dense", "factors", "gradients", "sight"]
+
+SEED = 20
+"""The dropout seed of every case."""
+
+Three = tuple[Tensor, Tensor, Tensor]
+
+
+@frozen(eq=False)
+class Answer:
+    """The oracle's results in float64 on the CPU, and naive torch's in the dtype and on the device of the inputs.
+
+    Both hold their graphs, so that `gradients` can follow.
+    """
+
+    inputs: Three
+    out: Tensor
+    lse: Tensor
+    naive_inputs: Three
+    naive_out: Tensor
+    naive_lse: Tensor
+
+
+def answer(problem: Problem, inputs: Inputs) -> Answer:
+    """Both answers to a problem."""
+    exact = _leaves(*(x.detach().cpu().double() for x in inputs.qkv))
+    naive = _leaves(*inputs.qkv)
+    counts = sight(problem)
+    dropped = factors(problem) if problem.dropout_p else None
+    if dropped is None:
+        out, lse = oracle(
+            *exact,
+            problem.pattern,
+            scale=problem.scale,
+            enable_gqa=True,
+            is_causal=problem.is_causal,
+            cu_seqlens=problem.documents,
+            query_offset=problem.query_offset,
+            return_lse=True,
+        )
+    else:  # the oracle has no dropout
+        out, lse = dense(*exact, counts, problem.scale, dropped)
+    return Answer(exact, out, lse, naive, *dense(*naive, counts, problem.scale, dropped))
+
+
+def sight(problem: Problem) -> Tensor:
+    """How often each query sees each key, `(heads, q_len, kv_len)`."""
+    return visible(
+        problem.pattern,
+        problem.heads,
+        problem.q_len,
+        problem.kv_len,
+        is_causal=problem.is_causal,
+        cu_seqlens=problem.documents,
+        query_offset=problem.query_offset,
+    )
+
+
+def dense(
+    query: Tensor, key: Tensor, value: Tensor, counts: Tensor, scale: float, dropped: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention as anyone would write it down, every step in the inputs' dtype.
+
+    Args:
+        query: `(batch, heads, q_len, head_dim)`.
+        key: `(batch, kv_heads, kv_len, head_dim)`.
+        value: the shape of `key`.
+        counts: how often each query sees each key, `(heads, q_len, kv_len)`.
+        scale: factor on the scores.
+        dropped: factors on the weights, `(batch, heads, q_len, kv_len)`.
+    """
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    empty = (counts == 0).all(-1).to(query.device)
+    # A key that is seen twice weighs twice: a factor on its softmax term, so a summand on its score.
+    bias = counts.double().log().to(query.dtype).to(query.device)
+    scores = (query @ key.transpose(-1, -2) * scale + bias).masked_fill(empty.unsqueeze(-1), 0.0)
+    weights = scores.softmax(-1).masked_fill(empty.unsqueeze(-1), 0.0)
+    lse = scores.logsumexp(-1).masked_fill(empty, -math.inf)
+    if dropped is not None:
+        weights = weights * dropped.to(query.dtype).to(query.device)
+    return weights @ value, lse
+
+
+def factors(problem: Problem) -> Tensor:
+    """What the dropout of seed `SEED` multiplies the weights with, `(batch, heads, q_len, kv_len)`, float64."""
+    shape = problem.batch, problem.heads
+    lines = torch.arange(problem.batch * problem.heads).view(shape)
+    queries = (torch.arange(problem.q_len) + problem.query_offset).expand(*shape, -1)
+    keys = torch.arange(problem.kv_len).expand(*shape, -1)
+    every = slice(None)
+    return Dropout(problem.dropout_p, SEED, lines, queries, keys).factors(every, every, every, torch.float64)
+
+
+def gradients(
+    out: Tensor, lse: Tensor, inputs: Three, dout: Tensor, dlse: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `out`, and of `lse` where it has one."""
+    outputs, given = ((out,), (dout,)) if dlse is None else ((out, lse), (dout, dlse))
+    found = torch.autograd.grad(outputs, inputs, [x.to(y) for x, y in zip(given, outputs, strict=True)])
+    return found[0], found[1], found[2]
+
+
+def _leaves(query: Tensor, key: Tensor, value: Tensor) -> Three:
+    one, two, three = (x.detach().requires_grad_() for x in (query, key, value))
+    return one, two, three

@@ -1,0 +1,99 @@
+"""Running the kit: which cases a backend has, and what becomes of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from longspan.discovery import registry
+from longspan.errors import UnknownBackend
+from longspan.spec import BackendInfo, Problem
+from longspan.testing.cases import Case, cases_of
+from longspan.testing.checks import CHECKS, Bench
+from longspan.testing.claims import Claim
+from longspan.testing.outcome import Breach, Declined, Outcome
+from longspan.testing.places import here
+
+__all__ = ["LOADED", "backend_info", "cases_for", "one_thread", "run_case"]
+
+LOADED = Case(
+    id="loaded",
+    check="loaded",
+    claim=Claim("state", "to be a backend of longspan", "`longspan backends` says what is wrong with it"),
+    problem=Problem(batch=1, heads=1, q_len=1, head_dim=16),
+)
+"""Whether the backend is loaded and claims anything at all."""
+
+
+def backend_info(name: str) -> BackendInfo:
+    """The ledger's row of a backend.
+
+    Raises:
+        UnknownBackend: a name nobody registered.
+    """
+    rows = registry.backends()
+    for row in sorted(rows, key=lambda row: row.state == "blocked"):
+        if row.name == name:
+            return row
+    raise UnknownBackend(name, {row.name for row in rows}, "to be tested")
+
+
+def cases_for(name: str, devices: Sequence[str] | None = None, *, quick: bool = False) -> tuple[Case, ...]:
+    """All cases of a backend: what it claims, on the devices of this machine, and what it does not claim.
+
+    The first is `LOADED`; it is the only one for a backend that is not.
+
+    Args:
+        name: the backend.
+        devices: torch devices; all that this machine has and the backend claims unless given.
+        quick: the fewest cases that touch every claim.
+
+    Raises:
+        UnknownBackend: a name nobody registered.
+    """
+    can = backend_info(name).capabilities
+    if can is None:
+        return (LOADED,)
+    return (LOADED, *cases_of(can, here(can) if devices is None else devices, quick=quick))
+
+
+def run_case(name: str, case: Case) -> Outcome:
+    """Put one claim of a backend to the test, on one thread. Whatever its kernel raises is a failed case."""
+    info = backend_info(name)
+    with one_thread(), torch.random.fork_rng(devices=[]), torch.enable_grad():
+        try:
+            if case.check == "loaded" or info.capabilities is None:
+                _check_loaded(info)
+                return Outcome(case, "passed", case.claim)
+            measures = CHECKS[case.check](Bench(info, info.capabilities, case))
+        except Declined as reason:
+            return Outcome(case, "declined", case.claim, str(reason))
+        except Breach as breach:
+            measured = () if breach.measure is None else (breach.measure,)
+            return Outcome(case, "failed", breach.claim or case.claim, breach.what, measured)
+        except Exception as error:  # noqa: BLE001 - a kernel may raise anything, and the next case is to run
+            words = " ".join(str(error).split())
+            return Outcome(case, "failed", case.claim, f"it raised {type(error).__name__}: {words}")
+    return Outcome(case, "refused" if case.check == "refuse" else "passed", case.claim, "", measures)
+
+
+def _check_loaded(info: BackendInfo) -> None:
+    can = info.capabilities
+    if info.state != "loaded" or can is None:
+        raise Breach(f"it is {info.state}: {info.error}")
+    for field in ("devices", "dtypes", "patterns"):
+        if not getattr(can, field):
+            raise Breach(f"Capabilities.{field} is empty, so that it fits no problem")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Small tensors: threads that wait for one another cost more than they bring, and results depend on them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

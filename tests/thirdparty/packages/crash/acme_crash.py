@@ -1,0 +1,5 @@
+"""A native crash: nothing that Python could catch."""
+
+import os
+
+os.abort()
