@@ -175,7 +175,8 @@ class _Block:
         return part.reshape(part.shape[0], self.kv_heads, -1, part.shape[-1])
 
     def keys_of(self, tensor: Tensor) -> Tensor:
-        return tensor[self.batch, :, self.keys]
+        """Without gaps: the bits of a product depend on its strides, and a packed document's are those of one alone."""
+        return tensor[self.batch, :, self.keys].contiguous()
 
     def before(self, tensor: Tensor) -> Tensor:
         """The keys that every row sees."""

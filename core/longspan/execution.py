@@ -120,7 +120,10 @@ def run_backward(
         block.query_side(dquery, 3).add_(turn(dq))
         _add_keys(block, dkey, k + 2, turn(dk))
         _add_keys(block, dvalue, k + 3, turn(dv))
-    return dquery.to(query.dtype), dkey.to(key.dtype), dvalue.to(value.dtype)
+    dquery = dquery.to(query.dtype)  # one after the other: each wide sum is freed before the next result is made
+    dkey = dkey.to(key.dtype)
+    dvalue = dvalue.to(value.dtype)
+    return dquery, dkey, dvalue
 
 
 def _launches(

@@ -229,10 +229,9 @@ def _fold(info: Any, dims: tuple[int | None, ...], tensors: tuple[Tensor | None,
 
 
 def _refuse_mapped(dims: tuple[int | None, ...]) -> None:
-    if any(dim is not None for dim in dims):
-        raise ArgumentError(
-            "cu_seqlens", "a mapped dimension under vmap", "the same boundaries for all", "loop instead"
-        )
+    for name, dim in zip(("cu_seqlens", "dropout_seed"), dims, strict=True):
+        if dim is not None:
+            raise ArgumentError(name, "a dimension mapped by vmap", "the same for all", "loop instead, or fix it")
 
 
 def in_graph() -> bool:

@@ -14,7 +14,7 @@ import torch
 from test_quarantine import GOOD, Starts, server, starts  # noqa: F401 - fixtures
 
 import longspan as ls
-from longspan import Capabilities, Device, Reason
+from longspan import Capabilities, Device, Reason, quarantine
 from longspan.doctor import gpus, machine, settings, unusable
 from longspan.doctor.settings import in_environment, readable
 from longspan.spec import BackendInfo, Candidate
@@ -167,7 +167,12 @@ def apart(server, tmp_path_factory):  # noqa: F811
     here.install("crash", "os.abort()")
     here.install("leaves", "os._exit(3)")
     here.install("exits", "sys.exit(3)")
-    here.install("hangs", "import subprocess, time\nsubprocess.Popen(['sleep', '600'])\ntime.sleep(600)")
+    body = """
+        import subprocess, time
+        open(os.environ["ACME_LOG"] + ".pid", "w").write(str(subprocess.Popen(["sleep", "600"]).pid))
+        time.sleep(600)
+    """
+    here.install("hangs", body)
     body = """
         import threading, time
         import torch
@@ -241,7 +246,9 @@ def test_what_recovered_says_so(apart):
 
 def test_neither_a_hang_nor_what_it_started_holds_it_up(apart):
     """Not a time that is asserted, but that nobody waited for a sleep of ten minutes."""
-    assert apart[2] < 300
+    here, _, seconds = apart
+    assert seconds < 300
+    assert quarantine._started(int(Path(f"{here.log}.pid").read_text())) is None
 
 
 @pytest.mark.parametrize(
@@ -383,6 +390,13 @@ def test_a_device_that_is_too_old_has_no_line():
     assert found.fixes == ()
     assert [(device, reason.code) for device, reason in found.elsewhere] == [("sm_80", "package")]
     assert type(found).from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+def test_no_device_is_made_up_where_none_can_be():
+    """Of which a capability says only what it is not."""
+    found = unusable(candidate(missing, devices=("cuda<7.0",)), [CPU])
+    assert [reason.code for _, reason in found.reasons] == ["device"]
+    assert found.elsewhere == ()
 
 
 def test_what_claims_nothing_is_of_no_use():

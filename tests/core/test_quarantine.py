@@ -366,16 +366,16 @@ def test_a_process_that_is_still_importing_has_not_crashed(starts, tmp_path):
     assert ".importing" in done.stdout
 
 
-def test_a_hundred_processes_at_once(starts):
+def test_forty_processes_at_once(starts):
     starts.install("fine")
     starts.install("other")
     code = """
         import os
-        for _ in range(100):
+        for _ in range(40):
             if not os.fork():
                 rows = {row.name: row.state for row in ls.backends()}
                 os._exit(0 if rows["fine"] == rows["other"] == "loaded" else 1)
-        print({os.wait()[1] for _ in range(100)})
+        print({os.wait()[1] for _ in range(40)})
     """
     assert starts(textwrap.dedent(code)).stdout == "{0}\n"
     assert starts.files == []
@@ -553,6 +553,19 @@ def test_a_folder_that_can_only_be_read_still_tells(cache, monkeypatch):
 
     monkeypatch.setattr(Path, "replace", refuse)
     assert len(quarantine.crashes()) == len(quarantine.crashes()) == 1
+
+
+def test_another_process_that_made_the_record_first(cache, monkeypatch):
+    leave_a_file(cache, pid=dead_process())
+    replace = Path.replace
+
+    def too_late(path, record):
+        replace(path, record)
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "replace", too_late)
+    assert len(quarantine.release("crash")) == 1
+    assert list(cache.iterdir()) == []
 
 
 def test_releasing_one_name_leaves_the_others(cache):
