@@ -47,7 +47,7 @@ def build(folder: Path) -> dict[str, Path]:
 def install(wheels: Mapping[str, Path], names: Iterable[str], target: Path | None = None) -> None:
     """Install some of the wheels into a folder of their own, or into the running environment."""
     where = ("--target", target) if target else ()
-    pip("install", "--quiet", "--no-deps", "--no-index", *where, *(wheels[name] for name in names))
+    pip("install", "--quiet", "--force-reinstall", "--no-deps", "--no-index", *where, *(wheels[name] for name in names))
 
 
 def main() -> None:
