@@ -21,4 +21,4 @@ def test_conforms_on_cuda(backend):
     if not found[backend].ok:
         pytest.skip(f"{backend}: {reasons}")
     certificate = verify(backend, "cuda", quick=True)
-    assert certificate.conformant, "\n".join(certificate.messages)
+    assert certificate.conformant, "\n".join(certificate.messages())
