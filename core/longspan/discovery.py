@@ -190,7 +190,9 @@ class Registry:
         watch = Watch()
         try:
             for same in welcome.values():
-                rows += [self.load(point, watch) if len(same) == 1 else _duplicate(point, same) for point in same]
+                own = [point for point in same if _distribution(point) == BUILTIN]  # nobody else takes its name
+                taken = own if len(own) == 1 else same if len(same) == 1 else []
+                rows += [self.load(point, watch) if point in taken else _duplicate(point, same) for point in same]
             for row in rows:
                 if row.state in ("broken", "duplicate", "incompatible"):
                     _complain(row, strict)
@@ -204,7 +206,8 @@ class Registry:
         fresh = {row.name for row in rows}
         self._extra = [row for row in self._extra if row.name not in fresh or row.state != "blocked"]
         for name in fresh:  # of one name, the row that was let in stands for it
-            main, *others = sorted((row for row in rows if row.name == name), key=lambda row: row.state == "blocked")
+            same_name = (row for row in rows if row.name == name)
+            main, *others = sorted(same_name, key=lambda row: (row.state == "blocked", row.state == "duplicate"))
             self._ledger[name] = main
             self._extra += others
         self._unimported, self._block, self._found = unimported, blocked, True

@@ -63,6 +63,22 @@ def table(columns: Sequence[tuple[str, bool]], rows: Sequence[Sequence[str | Tex
 
 @contextmanager
 def quiet_stdout() -> Iterator[None]:
-    """Whatever plugins print when imported or run goes to stderr, so that stdout is the command's alone."""
-    with redirect_stdout(sys.stderr):
-        yield
+    """Whatever plugins print when imported or run goes to stderr, so that stdout is the command's alone.
+
+    Native code prints to the file descriptor, past `sys.stdout`, so the descriptor is turned too, where there is one.
+    """
+    sys.stdout.flush()
+    try:
+        out, err = sys.__stdout__.fileno(), sys.__stderr__.fileno()  # type: ignore[union-attr]
+        kept = os.dup(out)
+    except (AttributeError, OSError, ValueError):  # no descriptors here, as under a test's capture
+        with redirect_stdout(sys.stderr):
+            yield
+        return
+    try:
+        os.dup2(err, out)
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, out)
+        os.close(kept)
