@@ -35,7 +35,15 @@ def shown(site, tmp_path_factory):
         overclaims={"cli": ["verify", "overclaims", "--json"]},
         suite={"code": PYTEST.format(folder=str(suite), options=OPTIONS)},
         template={"code": PYTEST.format(folder=str(template), options=OPTIONS)},
+        **{command: {"cli": words} for command, words in readme_commands().items()},
     )
+
+
+def readme_commands():
+    """The command lines that the template's README shows, those that run the whole kit cut short."""
+    lines = (building.TEMPLATE / "README.md").read_text(encoding="utf-8").splitlines()
+    found = {line.split()[1]: line.split()[1:] for line in lines if line.startswith("   longspan ")}
+    return {command: [*words, "--quick"] if command == "verify" else words for command, words in found.items()}
 
 
 def test_the_good_wheel_passes_the_kit(shown):
@@ -86,3 +94,12 @@ def test_the_templates_own_tests_pass(shown):
     lines = done.stdout.splitlines()
     assert len([line for line in lines if line.startswith("PASSED tests/test_conformance.py::TestAcme")]) >= 100
     assert [line for line in lines if line.startswith(("SKIPPED", "XFAIL", "XPASS"))] == []
+
+
+def test_the_commands_of_its_readme_work(shown):
+    assert set(readme_commands()) == {"backends", "explain", "verify"}
+    for command in readme_commands():
+        assert shown[command].code == 0, shown[command].stderr
+        assert "acme" in shown[command].stdout
+    assert "decided by argument: acme was named" in shown["explain"].stdout
+    assert "acme of acme-longspan 0.1.0: conformant" in shown["verify"].stdout
