@@ -6,35 +6,26 @@ runs at the first plan or listing, never at `import longspan`, and keeps a ledge
 
 from __future__ import annotations
 
-import inspect
 import os
-import re
 import threading
-import time
-import warnings
 import weakref
 from collections import defaultdict
-from contextlib import nullcontext
-from difflib import get_close_matches
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from importlib.metadata import entry_points
 
 import pluggy
 from attrs import evolve
 
-from longspan import hookspecs
 from longspan.defaults import Defaults
-from longspan.errors import DuplicateBackend, PluginError, PluginWarning
+from longspan.entries import BUILTIN, Entry, entries_of
+from longspan.errors import DuplicateBackend, PluginError, PluginWarning, warn_caller
+from longspan.loading import Hooks, Loader, add_backend, add_extension
 from longspan.policy import flag, is_name, names
-from longspan.quarantine import Watch
 from longspan.spec import BackendInfo, Candidate, Capabilities, Problem, Reason
 
 __all__ = ["GROUP", "Registry", "registry"]
 
 GROUP = "longspan.backends"
 DEFAULTS = "longspan-defaults"
-BUILTIN = "longspan"
-"""The distribution whose backends auto may take unasked."""
 
 
 class Registry:
@@ -49,7 +40,7 @@ class Registry:
         self._ledger: dict[str, BackendInfo] = {}
         self._extra: list[BackendInfo] = []  # rows that share a name with another
         self._extensions: set[str] = set()
-        self._unimported: list[EntryPoint] = []  # kept out by LONGSPAN_BLOCK, which may be lifted
+        self._unimported: list[Entry] = []  # kept out by LONGSPAN_BLOCK, which may be lifted
         self._block: tuple[str, ...] = ()
         self._found = self._busy = False
         self.generation = 0
@@ -128,11 +119,9 @@ class Registry:
                     f"longspan.unregister({name!r}) first"
                 )
             if hasattr(plugin, "longspan_capabilities"):
-                row = BackendInfo(name, "loaded", description=_summary(plugin))
-                self._ledger[name] = _commit(self._manager, plugin, row)
+                self._ledger[name] = add_backend(self._manager, plugin, BackendInfo(name, "loaded"))
             else:
-                _verify(self._manager, plugin, name)
-                self._manager.register(plugin, name)
+                add_extension(self._manager, plugin, name)
                 self._extensions.add(name)
             self.generation += 1
 
@@ -149,8 +138,35 @@ class Registry:
             if self._manager.has_plugin(name):
                 self._manager.unregister(name=name)
             self._ledger.pop(name, None)
-            self._extensions.discard(name)
+            if name in self._extensions:
+                self._extensions.discard(name)
+                self._extra = [row for row in self._extra if row.name != name]  # a fault of its
             self.generation += 1
+
+    def provider(self, backend: str, hook: str) -> str:
+        """The name of the plugin whose implementation of a hook a backend gets first; its own where none is."""
+        impls = self.lane(backend, hook).get_hookimpls()
+        return next((impl.plugin_name for impl in reversed(impls) if impl.plugin_name != DEFAULTS), backend)
+
+    def note_fault(self, name: str, hook: str, error: Exception) -> None:
+        """Put on the ledger that a plugin's cache or allocator failed and that the core's took over; warns of it once.
+
+        Raises:
+            PluginError: `LONGSPAN_STRICT` is set.
+        """
+        text = f"{hook}: {type(error).__name__}: {error}. The core's serves instead. Next: mend {name!r}"
+        known = text
+        with self._lock:
+            if name in self._ledger:
+                known, self._ledger[name] = self._ledger[name].error, evolve(self._ledger[name], error=text)
+            elif name in self._extensions:
+                known = next((row.error for row in self._extra if row.name == name), "")
+                self._extra = [row for row in self._extra if row.name != name]
+                self._extra.append(BackendInfo(name, "broken", error=text))
+        if flag("LONGSPAN_STRICT"):
+            raise PluginError(f"{text} (LONGSPAN_STRICT is set)") from error
+        if known != text:
+            warn_caller(f"{text}. Results are not affected", PluginWarning)
 
     def discover(self) -> None:
         """Read the entry points, once, and those that `LONGSPAN_BLOCK` kept out when it lets them in.
@@ -173,26 +189,26 @@ class Registry:
 
     def _discover(self) -> None:
         strict, allowed, blocked = flag("LONGSPAN_STRICT"), names("LONGSPAN_PLUGINS"), names("LONGSPAN_BLOCK")
-        points = self._unimported if self._found else _points()
-        welcome: dict[str, list[EntryPoint]] = defaultdict(list)
+        entries = self._unimported if self._found else entries_of(entry_points(group=GROUP))
+        welcome: dict[str, list[Entry]] = defaultdict(list)
         rows, unimported = [], []
-        for point in sorted(points, key=lambda point: (point.name, _distribution(point))):
-            if not is_name(point.name):
+        for entry in entries:
+            if not is_name(entry.name):
                 error = "no backend name: letters, digits, _, - and . only. Next: rename the entry point"
-                rows.append(evolve(_row(point), state="broken", error=error))
-            elif point.name in blocked:
-                unimported.append(point)
-                rows.append(evolve(_row(point), error="blocked by LONGSPAN_BLOCK"))
-            elif allowed and not _allowed(point, allowed):
-                rows.append(evolve(_row(point), error=f"not among LONGSPAN_PLUGINS={','.join(allowed)}"))
+                rows.append(entry.row("broken", error))
+            elif entry.name in blocked:
+                unimported.append(entry)
+                rows.append(entry.row("blocked", "blocked by LONGSPAN_BLOCK"))
+            elif allowed and not entry.is_among(allowed):
+                rows.append(entry.row("blocked", f"not among LONGSPAN_PLUGINS={','.join(allowed)}"))
             else:
-                welcome[point.name].append(point)
-        watch = Watch()
+                welcome[entry.name].append(entry)
+        loader = Loader(self._manager)
         try:
             for same in welcome.values():
-                own = [point for point in same if _distribution(point) == BUILTIN]  # nobody else takes its name
+                own = [entry for entry in same if entry.distribution == BUILTIN]  # nobody else takes its name
                 taken = own if len(own) == 1 else same if len(same) == 1 else []
-                rows += [self.load(point, watch) if point in taken else _duplicate(point, same) for point in same]
+                rows += [self.load(entry, loader) if entry in taken else entry.duplicate(same) for entry in same]
             for row in rows:
                 if row.state in ("broken", "duplicate", "incompatible"):
                     _complain(row, strict)
@@ -202,7 +218,7 @@ class Registry:
                     self._manager.unregister(name=name)
             raise
         finally:
-            watch.close()
+            loader.close()
         fresh = {row.name for row in rows}
         self._extra = [row for row in self._extra if row.name not in fresh or row.state != "blocked"]
         for name in fresh:  # of one name, the row that was let in stands for it
@@ -213,9 +229,9 @@ class Registry:
         self._unimported, self._block, self._found = unimported, blocked, True
         self.generation += 1
 
-    def load(self, point: EntryPoint, watch: Watch) -> BackendInfo:
+    def load(self, entry: Entry, loader: Loader) -> BackendInfo:
         """Import one entry point that is welcome, and say what became of it. `longspan.doctor` imports elsewhere."""
-        return _load(self._manager, point, watch)
+        return loader.load(entry)
 
 
 _registries: weakref.WeakSet[Registry] = weakref.WeakSet()
@@ -237,114 +253,10 @@ class _Unsupported:
         return found
 
 
-class _Incompatible(PluginError):
-    """The plugin was written for another version of the hook contract."""
-
-
-def _new_manager() -> pluggy.PluginManager:
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
-    manager.add_hookspecs(hookspecs)
+def _new_manager() -> Hooks:
+    manager = Hooks()
     manager.register(Defaults(), DEFAULTS)
     return manager
-
-
-def _points() -> list[EntryPoint]:
-    """Entry points of the group; one that is listed twice by the same distribution counts once."""
-    found: dict[tuple[str, str, str], EntryPoint] = {}
-    for point in entry_points(group=GROUP):
-        found.setdefault((point.name, point.value, point.dist.name if point.dist else ""), point)
-    return list(found.values())
-
-
-def _distribution(point: EntryPoint) -> str:
-    return point.dist.name if point.dist else ""
-
-
-def _row(point: EntryPoint) -> BackendInfo:
-    version = point.dist.version if point.dist else ""
-    return BackendInfo(point.name, "blocked", _distribution(point), version, opt_in=_distribution(point) != BUILTIN)
-
-
-def _allowed(point: EntryPoint, allowed: tuple[str, ...]) -> bool:
-    """Whether the allow-list names the backend, or its distribution as pip would (PEP 503)."""
-    distribution = _distribution(point)
-    words = {point.name, "builtin" if distribution == BUILTIN else point.name}
-    return bool(words & set(allowed)) or _canonical(distribution) in map(_canonical, allowed)
-
-
-def _canonical(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def _duplicate(point: EntryPoint, same: list[EntryPoint]) -> BackendInfo:
-    owners = sorted(f"{_distribution(one)} {one.dist.version if one.dist else ''}".strip() for one in same)
-    error = f"claimed by {' and '.join(owners)}. Next: uninstall one of them, or name the other in LONGSPAN_PLUGINS"
-    return evolve(_row(point), state="duplicate", error=error)
-
-
-def _load(manager: pluggy.PluginManager, point: EntryPoint, watch: Watch) -> BackendInfo:
-    """Import one entry point, and say what became of it. Our own modules crash nothing and are not watched."""
-    row, start = _row(point), time.perf_counter()
-    watched = row.distribution not in ("", BUILTIN)
-    if watched and (crash := watch.crash(row.name, row.distribution, row.version)):
-        return evolve(row, state="broken", error=str(crash))
-    try:
-        with watch.importing(row.name, row.distribution, row.version) if watched else nullcontext():
-            plugin = point.load()
-            row = _commit(manager, plugin, evolve(row, state="loaded", description=_summary(plugin)))
-    except _Incompatible as error:
-        row = evolve(row, state="incompatible", error=str(error))
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a plugin does on import, the others go on
-        row = evolve(row, state="broken", error=f"{type(error).__name__}: {error}")
-    return evolve(row, import_ms=round(1e3 * (time.perf_counter() - start), 3))
-
-
-def _commit(manager: pluggy.PluginManager, plugin: Any, row: BackendInfo) -> BackendInfo:
-    """Check a backend in full, and only then add it to the manager."""
-    if not hasattr(plugin, "longspan_capabilities"):
-        raise PluginError("no longspan_capabilities hook. Next: see the ten-line backend in the README")
-    if inspect.isclass(plugin):
-        raise PluginError(f"{plugin.__name__} is a class. Next: pass an object of it")
-    try:
-        can = plugin.longspan_capabilities()
-    except Exception as error:
-        raise PluginError(f"longspan_capabilities: {type(error).__name__}: {error}. Next: mend the plugin") from error
-    if not isinstance(can, Capabilities):
-        raise PluginError(
-            f"longspan_capabilities() returned {type(can).__name__}. Next: return a longspan.Capabilities"
-        )
-    if can.api != hookspecs.API:
-        raise _Incompatible(f"written for api={can.api}, this longspan has api={hookspecs.API}. Next: update either")
-    _verify(manager, plugin, row.name)
-    manager.register(plugin, row.name)
-    return evolve(row, capabilities=can, opt_in=row.opt_in or can.opt_in)
-
-
-def _verify(manager: pluggy.PluginManager, plugin: Any, name: str) -> None:
-    """Register in a scratch manager first: a plugin that is refused leaves nothing behind."""
-    try:
-        hash(plugin)
-    except TypeError as error:
-        raise PluginError(f"{type(plugin).__name__} has no hash. Next: compare its objects by identity") from error
-    if other := manager.get_name(plugin):
-        raise PluginError(f"this plugin is registered as {other!r} already. Next: pass another object")
-    scratch = pluggy.PluginManager(hookspecs.PROJECT)
-    scratch.add_hookspecs(hookspecs)
-    hooks = [hook for hook in vars(hookspecs) if hook.startswith("longspan_")]
-    try:
-        scratch.register(plugin, name)
-        scratch.check_pending()
-    except pluggy.PluginValidationError as error:
-        words = str(error).replace("'", " ").replace("(", " ").split()
-        near = [match for word in words for match in get_close_matches(word, hooks, n=1) if word not in hooks]
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise PluginError(f"{error}.{hint} Next: use one of {', '.join(hooks)}") from error
-    if not scratch.get_hookcallers(plugin):
-        raise PluginError(f"{type(plugin).__name__} implements no hook. Next: mark functions with longspan.hookimpl")
-
-
-def _summary(plugin: object) -> str:
-    return next(iter((getattr(plugin, "__doc__", None) or "").strip().splitlines()), "")
 
 
 def _whose(row: BackendInfo | None) -> str:
@@ -355,7 +267,7 @@ def _complain(row: BackendInfo, strict: bool) -> None:
     text = f"backend {row.name!r} of {_whose(row)} is {row.state}: {row.error}"
     if strict:
         raise PluginError(f"{text} (LONGSPAN_STRICT is set)")
-    warnings.warn(f"{text}. The others are not affected; see `longspan backends`", PluginWarning, stacklevel=4)
+    warn_caller(f"{text}. The others are not affected; see `longspan backends`", PluginWarning)
 
 
 registry = Registry()

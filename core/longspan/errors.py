@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
@@ -15,7 +17,11 @@ __all__ = [
     "PluginWarning",
     "PolicyError",
     "UnknownBackend",
+    "warn_caller",
 ]
+
+OURS = ("longspan", "longspan_plugins", "torch")
+"""Packages whose lines a reader of a warning cannot change: ours, and the one that may stand between."""
 
 
 class LongspanError(Exception):
@@ -74,3 +80,16 @@ class DuplicateBackend(PluginError):
 
 class PluginWarning(UserWarning):
     """A plugin could not be loaded; the others were."""
+
+
+def warn_caller(text: str, category: type[Warning]) -> None:
+    """Warn of what the innermost line outside longspan and torch brought about, however deep the calls below it are.
+
+    Python has `skip_file_prefixes` for this from 3.12 on.
+    """
+    frame = sys._getframe(1)
+    while frame.f_globals.get("__name__", "").partition(".")[0] in OURS and frame.f_back is not None:
+        frame = frame.f_back
+    seen = frame.f_globals.setdefault("__warningregistry__", {})  # for "once a line", as `warnings.warn` keeps it
+    module = frame.f_globals.get("__name__", "<unknown>")
+    warnings.warn_explicit(text, category, frame.f_code.co_filename, frame.f_lineno, module, seen)

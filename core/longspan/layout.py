@@ -78,4 +78,5 @@ class Layout:
         return sum(call.pairs for call in self.calls)
 
     def __str__(self) -> str:
-        return f"{len(self.calls)} dense calls, {self.pairs:,} query-key pairs per batch entry"
+        calls = "1 dense call" if len(self.calls) == 1 else f"{len(self.calls)} dense calls"
+        return f"{calls}, {self.pairs:,} query-key pairs per batch entry"

@@ -23,6 +23,7 @@ from longspan.errors import ArgumentError
 from longspan.inputs import check_arguments
 from longspan.patterns import Pattern, decode
 from longspan.policy import in_force
+from longspan.tensors import wide_dtype
 
 __all__ = ["attend_in_graph", "by_operator", "find_plans_by", "in_graph"]
 
@@ -104,7 +105,7 @@ def _attention(
 
 @_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _empty(query), query.new_empty(query.shape[:3], dtype=_wide(query))
+    return _empty(query), query.new_empty(query.shape[:3], dtype=wide_dtype(query.dtype))
 
 
 @torch.library.custom_op("longspan::attention_backward", mutates_args=())
@@ -294,7 +295,3 @@ def attend_in_graph(
 
 def _empty(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -11,7 +11,6 @@ from contextvars import ContextVar
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar, cast
 
-import torch
 from attrs import evolve, frozen
 
 from longspan.errors import PolicyError
@@ -155,7 +154,6 @@ def current(backend: str | None = None, environ: Mapping[str, str] | None = None
     return policy
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def policy_text(backend: str | None = None) -> str:
     """The policy in force as text, for a graph to hold; a tracer takes it as a constant. `in_force` reads it back.
 
@@ -163,6 +161,10 @@ def policy_text(backend: str | None = None) -> str:
         PolicyError: an environment variable that cannot be read.
     """
     return current(backend).text
+
+
+# What `torch.compiler.assume_constant_result` sets; to call that would import the compiler, in eager programs too.
+policy_text._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextmanager

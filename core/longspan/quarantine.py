@@ -64,6 +64,7 @@ class Watch:
     def __init__(self) -> None:
         self._crashes: tuple[Crash, ...] | None = None
         self._path, self._file, self._pid = "", -1, os.getpid()
+        self._process: tuple[int, str, str] | None = None
 
     def crash(self, name: str, distribution: str, version: str) -> Crash | None:
         """What an earlier process met when it imported this entry point, if it did not survive."""
@@ -102,7 +103,8 @@ class Watch:
         try:
             if self._file < 0:
                 self._create()
-            crash = Crash(name, distribution, version, _environment(), *_this_process(), time.time())
+            self._process = self._process or _this_process()
+            crash = Crash(name, distribution, version, _environment(), *self._process, time.time())
             os.pwrite(self._file, json.dumps(asdict(crash)).encode(), 0)
         except (OSError, RuntimeError, ValueError):  # no folder that we may write to: no quarantine
             return

@@ -103,8 +103,11 @@ def _cpu_backward(
 
 
 def _finite(tensor: Tensor) -> bool:
-    """Whether all values are finite: mostly by their sum alone, which reads the tensor once and writes nothing."""
-    return math.isfinite(tensor.sum(dtype=torch.float32)) or bool(tensor.isfinite().all())
+    """Whether all values are finite: mostly by their sum alone, which reads the tensor once and writes nothing.
+
+    Not in another dtype: torch would sum a copy. A sum that overflows only costs the second look.
+    """
+    return math.isfinite(tensor.sum()) or bool(tensor.isfinite().all())
 
 
 # ------------------------------------------------------------------------------------------------------------ cuda

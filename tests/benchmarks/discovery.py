@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sidebyside import report, summary
+from longspan.bench.sidebyside import report, summary
 
 BACKEND = """
 from longspan import Capabilities, hookimpl
@@ -80,7 +80,8 @@ def install(folder: Path, count: int) -> None:
 def one_round(folder: Path, plugins: str) -> dict[str, Any]:
     """Microseconds by what they were spent on and by clock, and how much was found."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LONGSPAN_")}
-    environment |= {"PYTHONPATH": str(folder), "LONGSPAN_CACHE": str(folder / "cache")}
+    path = filter(None, (str(folder), environment.get("PYTHONPATH")))  # a checkout may be measured from elsewhere
+    environment |= {"PYTHONPATH": os.pathsep.join(path), "LONGSPAN_CACHE": str(folder / "cache")}
     if plugins:
         environment["LONGSPAN_PLUGINS"] = plugins
     done = subprocess.run([sys.executable, "-c", ROUND], env=environment, capture_output=True, text=True, check=True)

@@ -77,28 +77,6 @@ def label(case):
     return " + ".join(f"{argument}: {name}" for argument, name in case) or "no argument"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def register():
-    names = []
-
-    def add(plugin, name):
-        ls.register(plugin, name=name)
-        names.append(name)
-        return name
-
-    yield add
-    for name in reversed(names):
-        ls.unregister(name)
-
-
 # --- one case -------------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,6 @@ from longspan.testing.oracle import oracle, visible
 
 BACKENDS = ("sdpa", "reference")
 TOLERANCE = 1e-12
-HAS_WINDOW = hasattr(ls, "SlidingWindow")
 LAYOUTS = ("contiguous", "transposed", "sliced", "strided", "expanded")
 MODERATE = settings(
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -26,15 +25,6 @@ MODERATE = settings(
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 either_causal = pytest.mark.parametrize("causal", [False, True])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Thousands of small tensors: on a busy machine, threads that wait for one another cost minutes here."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def generator(seed):
@@ -154,7 +144,7 @@ def test_dense(backend, n, heads, batch, dim, causal, scale, layout, seed):
 def test_everything_together(backend, data):
     """Any pattern with packed documents or a query offset, and fewer key heads than query heads."""
     widths = st.integers(0, 150)
-    plain = [st.just(ls.Dense()), *([st.builds(ls.SlidingWindow, widths, widths)] if HAS_WINDOW else [])]
+    plain = [st.just(ls.Dense()), st.builds(ls.SlidingWindow, widths, widths)]
     pattern, heads = data.draw(st.one_of(dilated(), st.tuples(st.one_of(plain), st.integers(1, 8))))
     kv_heads = data.draw(st.sampled_from([count for count in range(1, heads + 1) if heads % count == 0]))
     q_len = kv_len = data.draw(st.integers(1, 120))
@@ -470,7 +460,6 @@ def test_empty_tensors(backend, batch, heads, q_len, kv_len):
 
 
 @each_backend
-@pytest.mark.skipif(not HAS_WINDOW, reason="this version has no SlidingWindow")
 @either_causal
 @pytest.mark.parametrize("left, right", [(0, 0), (4, 0), (0, 4), (7, 3), (500, 500)])
 def test_sliding_window(backend, left, right, causal):

@@ -10,6 +10,7 @@ import io
 import operator
 import os
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +18,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim, export
 
 import longspan as ls
+import small
 from longspan import Capabilities, blockwise, hookimpl
+from small import assert_same, randn
+
+qkv = partial(small.qkv, grad=True)
 
 PATTERNS = {
     "dense": ls.Dense(),
@@ -44,43 +49,11 @@ each_pattern = pytest.mark.parametrize("name", PATTERNS)
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="Inductor needs a C++ compiler, and there is none on PATH")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
 def fresh():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-@pytest.fixture
-def register():
-    names = []
-
-    def add(plugin, name):
-        ls.register(plugin, name=name)
-        names.append(name)
-        return name
-
-    yield add
-    for name in reversed(names):
-        ls.unregister(name)
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def qkv(batch=2, heads=4, n=16, dim=4, kv_heads=None, kv_len=None, dtype=torch.float64, grad=True):
-    shapes = [(heads, n), *[(kv_heads or heads, kv_len or n)] * 2]
-    made = [randn(batch, h, length, dim, seed=i, dtype=dtype) for i, (h, length) in enumerate(shapes)]
-    return [x.requires_grad_() for x in made] if grad else made
 
 
 def run(function, tensors):
@@ -89,11 +62,6 @@ def run(function, tensors):
     outs = found if isinstance(found, tuple) else (found,)
     douts = [randn(*out.shape, seed=50 + i, dtype=out.dtype) for i, out in enumerate(outs)]
     return [*outs, *torch.autograd.grad(outs, [x for x in tensors if x.requires_grad], douts)]
-
-
-def assert_same(found, wanted):
-    for number, (one, other) in enumerate(zip(found, wanted, strict=True)):
-        assert one.dtype == other.dtype and torch.equal(one, other), f"result {number}"
 
 
 def whole(function, backend="aot_eager", **options):

@@ -60,14 +60,6 @@ def registered(name: str, backend: object) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # problems this small only wait for a second thread, on a busy machine for long
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
 def no_policy(monkeypatch):
     for variable in ("LONGSPAN_BACKEND", "LONGSPAN_PREFER", "LONGSPAN_BLOCK"):
         monkeypatch.delenv(variable, raising=False)

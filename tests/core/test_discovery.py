@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import importlib.abc
 import importlib.machinery
+import inspect
 import json
 import multiprocessing
 import os
@@ -205,6 +206,37 @@ def test_longspans_own_backends_need_no_consent_unless_they_say_so(site):
     assert found["shy"].opt_in is True
 
 
+def test_a_distributions_metadata_are_read_once(site):
+    """They are parsed anew at every question, and there may be many backends in a distribution."""
+
+    class Counted(Distribution):
+        asked = 0
+
+        @property
+        def metadata(self):
+            Counted.asked += 1
+            return {"Name": "acme", "Version": "3.0"}
+
+        @metadata.setter
+        def metadata(self, _):
+            pass
+
+    owner = Counted("acme", "3.0")
+    for name in ("one", "two", "three"):
+        site.add(name)
+        vars(site.points[-1])["dist"] = owner
+    rows = Registry().backends()
+    assert {(row.distribution, row.version, row.state) for row in rows} == {("acme", "3.0", "loaded")}
+    assert Counted.asked == 1
+
+
+def test_a_distribution_without_a_name_or_a_version(site):
+    site.add("one")
+    site.points[-1].dist.metadata.clear()
+    (row,) = Registry().backends()
+    assert (row.distribution, row.version, row.state, row.opt_in) == ("", "", "loaded", True)
+
+
 def test_no_entry_points_at_all(site):
     registry = Registry()
     assert registry.backends() == ()
@@ -268,6 +300,37 @@ def test_one_broken_plugin_does_not_stop_the_others(site, case):
     assert callable(lane_of(registry, "z-good"))
     with pytest.raises(ls.PluginError, match="broken"):
         registry.lane("broken", "longspan_kernel")
+
+
+@pytest.mark.parametrize(
+    "ask", [Registry.backends, Registry.candidates, Registry.discover], ids=lambda ask: ask.__name__
+)
+def test_the_warning_names_the_line_that_asked_and_is_said_once(site, ask):
+    site.add("broken", raising(OSError("gone")))
+    registry = Registry()
+    with pytest.warns(ls.PluginWarning) as warned:
+        line = inspect.currentframe().f_lineno + 1
+        ask(registry)
+        ask(registry)
+    assert [(one.filename, one.lineno) for one in warned] == [(__file__, line)]
+
+
+def test_the_warning_of_a_first_attention_names_the_users_line(tmp_path):
+    info = tmp_path / "acme_gone-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-gone\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(f"[{GROUP}]\ngone = acme_gone_module\n")
+    (said,) = in_a_new_python("""
+        import json, sys, warnings
+        import torch, longspan
+        lines = ["x = torch.ones(1, 1, 3, 4)", "def call():", "    longspan.attention(x, x, x)", "call()"]
+        code = compile("\\n".join(lines), "mine.py", "exec")
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            exec(code, {"__name__": "mine", "torch": torch, "longspan": longspan})
+        print(json.dumps([[one.category.__name__, one.filename, one.lineno] for one in seen]))
+    """, PYTHONPATH=str(tmp_path))  # fmt: skip
+    assert said == ["PluginWarning", "mine.py", 3]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, GeneratorExit, asyncio.CancelledError])
@@ -341,6 +404,26 @@ def test_a_typo_in_a_hooks_name_gets_a_hint(site, typo, meant):
     assert row.state == "broken"
     assert typo in row.error
     assert f"Did you mean {meant!r}" in row.error
+
+
+def test_what_one_plugin_got_wrong_is_not_laid_at_the_nexts_door(site):
+    """All are tried against the same specifications, and a refusal in between leaves no trace there."""
+
+    def twice(module):
+        good(module)
+        module.one = hookimpl(lambda problem: None, specname="longspan_kernal")
+        module.two = hookimpl(lambda problem: None, specname="longspan_kernal")
+
+    site.add("a-good")
+    site.add("b-typo", twice)
+    site.add("c-good")
+    site.add("d-argument", with_hook("longspan_unsupported", lambda probelm: ()))
+    site.add("e-argument", with_hook("longspan_unsupported", lambda probelm: ()))
+    site.add("z-good")
+    found = quietly(Registry())
+    assert [found[name].state for name in sorted(found)] == ["loaded", "broken", "loaded", "broken", "broken", "loaded"]
+    assert "longspan_kernal" in found["b-typo"].error
+    assert "longspan_kernal" not in found["e-argument"].error
 
 
 def test_a_typo_in_a_hooks_argument_is_found_too(site):

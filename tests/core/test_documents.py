@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import longspan as ls
+from small import randn
 
 BACKENDS = ("sdpa", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -27,18 +28,6 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_pattern = pytest.mark.parametrize("name", PATTERNS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 either_causal = pytest.mark.parametrize("causal", [False, True])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def qkv(dtype, batch=2, heads=4, kv_heads=4, n=N, dim=16):

@@ -8,6 +8,7 @@ float64 with that mask. Statistics are taken with fixed seeds, at limits of five
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import product
 
 import pytest
@@ -15,8 +16,12 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import longspan as ls
+import small
 from longspan import blockwise, execution
 from longspan.testing.oracle import visible
+from small import randn
+
+qkv = partial(small.qkv, n=29, dim=8, grad=True)
 
 BACKENDS = ("sdpa", "reference")
 PATTERNS = {
@@ -33,24 +38,6 @@ LIMIT = 5.0
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_pattern = pytest.mark.parametrize("name", PATTERNS)
 either_causal = pytest.mark.parametrize("causal", [False, True])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def qkv(batch=2, heads=4, n=29, dim=8, kv_heads=None, kv_len=None, dtype=torch.float64, grad=True):
-    shapes = [(heads, n), *[(kv_heads or heads, kv_len or n)] * 2]
-    made = [randn(batch, h, length, dim, seed=i, dtype=dtype) for i, (h, length) in enumerate(shapes)]
-    return [x.requires_grad_() for x in made] if grad else made
 
 
 def kept(seed, p=0.5, batch=2, heads=4, n=29, kv_len=None, pattern=None, backend="sdpa", dtype=torch.float64, **given):

@@ -38,15 +38,6 @@ each_magnitude = pytest.mark.parametrize("magnitude", [1.0, 1e4])
 either_causal = pytest.mark.parametrize("causal", [False, True])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Thousands of small tensors: on a busy machine, threads that wait for one another cost minutes here."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def qkv(dtype, batch=2, heads=HEADS, n=N, dim=DIM, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(batch, heads, n, dim, generator=generator).to(dtype) for _ in range(3)]

@@ -7,59 +7,29 @@ import math
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 
 import longspan as ls
+import small
 from longspan import Capabilities, blockwise, hookimpl
-from longspan.cache import LayoutCache
 from longspan.discovery import registry
 from longspan.testing.oracle import oracle
+from small import randn
+
+qkv = partial(small.qkv, n=21, dim=6)
 
 VARIABLES = ("LONGSPAN_BACKEND", "LONGSPAN_PREFER", "LONGSPAN_BLOCK", "LONGSPAN_PLUGINS", "LONGSPAN_STRICT")
 BACKENDS = ("sdpa", "reference")
 HALVES = (torch.float16, torch.bfloat16)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors: waiting for other threads would take most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
     for variable in VARIABLES:
         monkeypatch.delenv(variable, raising=False)
-
-
-@pytest.fixture
-def register():
-    """`ls.register`, undone at the end."""
-    names = []
-
-    def add(plugin, name):
-        ls.register(plugin, name=name)
-        names.append(name)
-        return name
-
-    yield add
-    for name in reversed(names):
-        ls.unregister(name)
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def qkv(batch=2, heads=4, n=21, dim=6, kv_heads=None, kv_len=None, dtype=torch.float64, grad=False):
-    shapes = ((heads, n), (kv_heads or heads, kv_len or n), (kv_heads or heads, kv_len or n))
-    made = [randn(batch, h, length, dim, seed=i, dtype=dtype) for i, (h, length) in enumerate(shapes)]
-    return [x.requires_grad_() for x in made] if grad else made
 
 
 def close(got, want, atol=1e-12, what=""):
@@ -909,35 +879,6 @@ def test_more_shapes_than_are_kept():
         ls.attention(*(x[:, :, :n] for x in LONG))
     short = [x[:, :, :1] for x in LONG]
     assert torch.equal(ls.attention(*short), short[2])
-
-
-def test_the_store_of_layouts_keeps_the_last_ones_used():
-    store = LayoutCache(3)
-    for key in "abc":
-        store.put(key, key.upper())
-    assert store.get("a") == "A"
-    store.put("d", "D")
-    assert [store.get(key) for key in "abcd"] == ["A", None, "C", "D"]
-    store.put("c", "C again")
-    assert store.get("c") == "C again"
-
-
-def test_the_store_of_layouts_in_many_threads():
-    store = LayoutCache(4)
-    problems = [ls.Problem(batch=1, heads=1, q_len=n, head_dim=1) for n in range(1, 12)]
-    go = threading.Barrier(8)
-
-    def work(number):
-        go.wait(30)
-        for turn in range(300):
-            problem = problems[(number * 5 + turn * 7) % len(problems)].replace(batch=1)
-            found = store.get(problem)
-            assert found in (None, problem.q_len)
-            store.put(problem, problem.q_len)
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(work, range(8)))
-    assert sum(store.get(problem) is not None for problem in problems) <= 4
 
 
 LONG = [randn(1, 1, 700, 1, seed=i) for i in range(3)]

@@ -15,6 +15,7 @@ import torch
 import longspan as ls
 from longspan import execution
 from longspan.testing.oracle import oracle, visible
+from small import randn
 
 BACKENDS = ("sdpa", "reference")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -30,18 +31,6 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_pattern = pytest.mark.parametrize("name", PATTERNS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 either_causal = pytest.mark.parametrize("causal", [False, True])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def qkv(batch=1, heads=4, n=64, dim=16, kv_heads=None, dtype=torch.float64, grad=True, seed=0, size=1.0):

@@ -53,7 +53,7 @@ for line in iter(sys.stdin.readline, ""):
         code = leaving.code
     except KeyboardInterrupt:
         code = 130
-    except BaseException:
+    except Exception:
         traceback.print_exc()
         code = 1
     sys.stdout.flush()

@@ -229,6 +229,15 @@ def test_a_preference_comes_before_native_support():
         assert chosen(native, plain, low, pattern="dilated:32/2", prefer=prefer) == want
 
 
+def test_why_counts_those_that_auto_may_take_and_not_those_that_fit_by_name():
+    by_name = candidate("consent", opt_in=True)
+    alone = resolve(problem(), [candidate("plain"), by_name], Policy())
+    assert [one.ok for one in alone.candidates] == [True, True]
+    assert alone.why.startswith("plain is the only one that auto may take;")
+    two = resolve(problem(), [candidate("plain"), candidate("second"), by_name], Policy())
+    assert two.why.startswith("plain is the first of 2 that auto may take;")
+
+
 def test_a_preference_that_does_not_fit_is_passed_over_and_said():
     found = resolve(
         problem(), [candidate("old", devices=("cuda",)), candidate("plain"), candidate("second")],

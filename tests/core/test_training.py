@@ -25,14 +25,6 @@ HAS_COMPILER = any(shutil.which(name) for name in (os.environ.get("CXX") or "g++
 TEXT = b"".join(Path(module.__file__).read_bytes() for module in (textwrap, argparse))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # --- a small transformer on the bytes of a real text ---------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from functools import partial
 from itertools import product
 
 import pytest
@@ -15,8 +16,12 @@ from torch.func import functional_call, grad, jacfwd, jacrev, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import longspan as ls
+import small
 from longspan import Capabilities, blockwise, hookimpl
 from longspan.testing.oracle import oracle
+from small import assert_same, randn
+
+qkv = partial(small.qkv, n=13)
 
 BACKENDS = ("sdpa", "reference")
 PATTERNS = {
@@ -32,45 +37,8 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_pattern = pytest.mark.parametrize("name", PATTERNS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def register():
-    names = []
-
-    def add(plugin, name):
-        ls.register(plugin, name=name)
-        names.append(name)
-        return name
-
-    yield add
-    for name in reversed(names):
-        ls.unregister(name)
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def qkv(batch=2, heads=4, n=13, dim=4, kv_heads=None, dtype=torch.float64, grad=False, more=()):
-    shapes = [heads, kv_heads or heads, kv_heads or heads]
-    made = [randn(*more, batch, h, n, dim, seed=i, dtype=dtype) for i, h in enumerate(shapes)]
-    return [x.requires_grad_() for x in made] if grad else made
-
-
 def assert_close(got, want, tolerance=1e-12):
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
-
-
-def assert_same(found, wanted):
-    for one, other in zip(found, wanted, strict=True):
-        assert one.dtype == other.dtype and torch.equal(one, other)
 
 
 # --- torch.func -----------------------------------------------------------------------------------------------------

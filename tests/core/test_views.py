@@ -17,15 +17,6 @@ from longspan.views import blocks
 MODERATE = settings(deadline=None, max_examples=120)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors: waiting for other threads would take most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # --- tensors that hold their own indices ----------------------------------------------------------------------------
 
 LAYOUTS = ("contiguous", "transposed", "sliced", "gapped", "expanded batch", "expanded heads", "sequence first", "odd")

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import longspan as ls
+from longspan.doctor.settings import READERS
 from longspan.testing import oracle as dense_oracle
 
 ROOT = Path(__file__).parents[2]
@@ -283,3 +284,8 @@ def test_links_and_public_names_exist(path: str) -> None:
         assert (ROOT / name.strip("`")).exists(), f"{path} names {name}, which is not there"
     for name in re.findall(r"\b(?:ls|longspan)\.([a-zA-Z_]+)", text):
         assert hasattr(ls, name), f"{path} names longspan.{name}, which is not there"
+
+
+def test_the_table_of_variables_is_what_the_library_reads():
+    rows = re.findall(r"^\| `(LONGSPAN_\w+)` \|", README, re.M)
+    assert sorted(rows) == sorted(READERS)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from longspan.patterns import Dilated
+from longspan.tensors import wide_dtype
 from longspan.testing import oracle, visible
 
 __all__ = ["Judge", "sample_rows"]
@@ -45,7 +46,7 @@ class Judge:
         self.naive_error = self._error_of(_naive(query, key, value, pattern, rows))
         # Few keys in sight: naive torch may be right by luck, but to round the result once is always allowed.
         own = max(NAIVE * self.naive_error, torch.finfo(query.dtype).eps)
-        self.tolerance = own + ROUNDING * torch.finfo(_wide(query)).eps * max(1.0, float(lse.abs().max()))
+        self.tolerance = own + ROUNDING * torch.finfo(wide_dtype(query.dtype)).eps * max(1.0, float(lse.abs().max()))
 
     def error(self, out: Tensor) -> float:
         """The largest relative error of any sampled row in any head: |got - want| / |want|, 2-norms. NaN stays NaN.
@@ -70,11 +71,6 @@ def _naive(query: Tensor, key: Tensor, value: Tensor, pattern: Dilated, rows: Te
         counts = visible(pattern, heads, length, length, is_causal=True, rows=some, device=query.device)
         scores = query[:, :, some.to(query.device)] @ key.transpose(-1, -2) / head_dim**0.5
         # A key that two branches show weighs twice: a factor on its softmax term, so a summand on its score.
-        scores += counts.to(_wide(query)).log().to(query.dtype)
+        scores += counts.to(wide_dtype(query.dtype)).log().to(query.dtype)
         parts.append(scores.softmax(-1) @ value)
     return torch.cat(parts, 2)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    """The dtype of the tensor's log-sum-exp."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

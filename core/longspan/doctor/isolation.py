@@ -14,7 +14,6 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,12 @@ from attrs import asdict, evolve, frozen
 
 from longspan.discovery import Registry
 from longspan.doctor.usability import Unusable, unusable
+from longspan.entries import Entry
 from longspan.errors import PluginError, PluginWarning
-from longspan.quarantine import Watch
+from longspan.loading import Loader
 from longspan.spec import BackendInfo, Device
 
-__all__ = ["Apart", "import_apart", "inside", "row_of"]
+__all__ = ["Apart", "import_apart", "inside"]
 
 AT_ONCE = max(1, min(4, os.cpu_count() or 1))
 START = 300.0
@@ -50,14 +50,8 @@ class Apart:
     unusable: Unusable | None = None
 
 
-def row_of(point: EntryPoint) -> BackendInfo:
-    """The row of an entry point that was not imported."""
-    owner = point.dist
-    return BackendInfo(point.name, "blocked", owner.name if owner else "", owner.version if owner else "")
-
-
 def import_apart(
-    points: Iterable[EntryPoint], devices: tuple[Device, ...], environ: Mapping[str, str], timeout: float
+    entries: Iterable[Entry], devices: tuple[Device, ...], environ: Mapping[str, str], timeout: float
 ) -> list[Apart]:
     """Import each entry point in a new interpreter with this environment, a few at once.
 
@@ -68,7 +62,7 @@ def import_apart(
     """
     if not sys.executable:
         raise PluginError("sys.executable is empty: no other interpreter can be started. Next: leave out --isolate")
-    waiting, done = deque(points), []
+    waiting, done = deque(entries), []
     running: list[_Interpreter] = []
     with tempfile.TemporaryDirectory(prefix="longspan-doctor-") as cache:
         folder = Path(cache)
@@ -76,8 +70,8 @@ def import_apart(
         try:
             while waiting or running:
                 while waiting and len(running) < AT_ONCE:
-                    point = waiting.popleft()
-                    running.append(_Interpreter(point, devices, environ, folder / str(len(waiting))))
+                    entry = waiting.popleft()
+                    running.append(_Interpreter(entry, devices, environ, folder / str(len(waiting))))
                 for one in [one for one in running if one.is_over(timeout)]:
                     running.remove(one)
                     done.append(one.apart(timeout))
@@ -91,12 +85,12 @@ def import_apart(
 class _Interpreter:
     """One plugin's interpreter: a process group, so that what it started ends with it."""
 
-    def __init__(self, point: EntryPoint, devices: tuple[Device, ...], environ: Mapping[str, str], path: Path) -> None:
-        self._row = row_of(point)
+    def __init__(self, entry: Entry, devices: tuple[Device, ...], environ: Mapping[str, str], path: Path) -> None:
+        self._row = entry.row()
         task = {
-            "name": point.name,
-            "value": point.value,
-            "distribution": self._row.distribution,
+            "name": entry.name,
+            "value": entry.point.value,
+            "distribution": entry.distribution,
             "devices": [asdict(device) for device in devices],
             "path": [str(path) for path in sys.path],
         }
@@ -181,9 +175,9 @@ class _Alone(Registry):
         super().__init__()
         self._wanted = name, value, distribution
 
-    def load(self, point: EntryPoint, watch: Watch) -> BackendInfo:
-        row = row_of(point)
-        return super().load(point, watch) if (point.name, point.value, row.distribution) == self._wanted else row
+    def load(self, entry: Entry, loader: Loader) -> BackendInfo:
+        wanted = (entry.name, entry.point.value, entry.distribution) == self._wanted
+        return super().load(entry, loader) if wanted else entry.row()
 
 
 def inside(task: dict[str, Any]) -> None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from importlib.metadata import EntryPoint
 
 from attrs import evolve, frozen
 
 from longspan import quarantine
 from longspan.discovery import Registry, registry
-from longspan.doctor.isolation import Apart, import_apart, row_of
+from longspan.doctor.isolation import Apart, import_apart
 from longspan.doctor.settings import in_environment
 from longspan.doctor.usability import Unusable, unusable
+from longspan.entries import Entry
 from longspan.errors import PluginWarning
+from longspan.loading import Loader
 from longspan.spec import BackendInfo, Device
 
 __all__ = ["Ledger", "ledger_apart", "ledger_here"]
@@ -29,15 +30,15 @@ class Ledger:
 
 
 class _Deferred(Registry):
-    """Sorts entry points as discovery does and imports none; `points` are those that it would have imported."""
+    """Sorts entry points as discovery does and imports none; `entries` are those that it would have imported."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.points: list[EntryPoint] = []
+        self.entries: list[Entry] = []
 
-    def load(self, point: EntryPoint, watch: quarantine.Watch) -> BackendInfo:
-        self.points.append(point)
-        return row_of(point)
+    def load(self, entry: Entry, loader: Loader) -> BackendInfo:
+        self.entries.append(entry)
+        return entry.row()
 
 
 def ledger_here(devices: tuple[Device, ...], environ: Mapping[str, str]) -> Ledger:
@@ -63,7 +64,7 @@ def ledger_apart(devices: tuple[Device, ...], environ: Mapping[str, str], timeou
     with in_environment(environ), warnings.catch_warnings():
         warnings.simplefilter("ignore", PluginWarning)
         rows = sorter.backends()
-    apart = {_key(one.row): one for one in import_apart(sorter.points, devices, environ, timeout)}
+    apart = {_key(one.row): one for one in import_apart(sorter.entries, devices, environ, timeout)}
     releasable = [key[0] for key, one in apart.items() if key in crashed and one.row.state == "loaded"]
     rows = tuple(_told(row, apart.get(_key(row)), crashed.get(_key(row))) for row in rows)
     return Ledger(rows, tuple(one.unusable for one in apart.values() if one.unusable is not None), tuple(releasable))

@@ -1,0 +1,18 @@
+"""What holds for tensors everywhere in the core: the dtype of sums and log-sum-exps, the stride kernels rely on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["unit_stride", "wide_dtype"]
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the log-sum-exp, and of what is summed, for inputs of `dtype`: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    """The tensor with a last dimension without gaps, copied only if it has any: kernels may rely on that."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
