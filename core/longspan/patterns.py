@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from attrs import frozen
 
 from longspan.errors import ArgumentError
 
-__all__ = ["Dense", "Dilated", "Pattern", "SlidingWindow", "decode", "parse_pattern"]
+__all__ = ["READERS", "Dense", "Dilated", "Pattern", "SlidingWindow", "decode", "parse_pattern"]
 
 
 class Pattern:
@@ -169,9 +169,15 @@ class SlidingWindow(Pattern):
         return self.kind, [self.left, self.right]
 
 
+READERS: dict[str, Callable[[str], Pattern]] = {}
+"""How to read texts that begin with other words: modules above this one add theirs."""
+
+
 def decode(words: str, numbers: Sequence[int]) -> Pattern:
     """The pattern that `Pattern.code` took apart."""
     kind, *rest = words.split(":")
+    if kind in READERS:
+        return READERS[kind](words)
     if kind == "dense":
         return Dense()
     if kind == "window":
@@ -181,13 +187,18 @@ def decode(words: str, numbers: Sequence[int]) -> Pattern:
 
 
 def parse_pattern(text: str) -> Pattern:
-    """Read a pattern from text: `dense`, `window:256,0`, `dilated:2048/1,4096/2`, `dilated:64/1,128/2:grouped:block`.
+    """Read a pattern from text.
+
+    `dense`, `window:256,0`, `dilated:2048/1,4096/2`, `dilated:64/1,128/2:grouped:block` and
+    `blocks:128:local:1000,0|global:0` are such texts.
 
     Raises:
         ArgumentError: the text is none of these; the message shows one that is.
     """
     kind, _, rest = text.strip().partition(":")
-    want = "dense, window:LEFT,RIGHT or dilated:LENGTH/RATE,... with optional :grouped and :block"
+    if kind in READERS:
+        return READERS[kind](text.strip())
+    want = "dense, window:LEFT,RIGHT, dilated:LENGTH/RATE,... with optional :grouped and :block, or blocks:SIZE:RULE"
     fix = "e.g. dilated:2048/1,4096/2"
     if kind == "dense" and not rest:
         return Dense()

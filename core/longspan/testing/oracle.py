@@ -41,8 +41,11 @@ def _branches(pattern: Any, heads: int, head: int) -> list[tuple[int, int, int]]
     )
 
 
-def _times(pattern: Any, heads: int, head: int, query: Tensor, key: Tensor) -> Tensor:
-    """How many times the pattern shows key position (1, k) to query position (q, 1) in one head: (q, k), int64."""
+def _times(pattern: Any, heads: int, head: int, query: Tensor, key: Tensor, lengths: Tensor) -> Tensor:
+    """How many times the pattern shows key position (1, k) to query position (q, 1) in one head: (q, k), int64.
+
+    ``lengths`` (q,): how many keys each query's document has, 0 for a query that is in none.
+    """
     name = "Dense" if pattern is None else type(pattern).__name__
     counts = torch.zeros(query.shape[0], key.shape[1], dtype=torch.int64, device=key.device)
     if name == "Dense":
@@ -53,8 +56,13 @@ def _times(pattern: Any, heads: int, head: int, query: Tensor, key: Tensor) -> T
         for w, r, s in _branches(pattern, heads, head):
             same_segment = query // w == key // w
             counts += same_segment & (query % w % r == s) & (key % w % r == s)
+    elif name == "BlockSparse":
+        pattern.check(heads)
+        for length in torch.unique(lengths[lengths > 0]).tolist():  # where blocks lie may depend on how many there are
+            rows = lengths == length
+            counts[rows] += pattern.allowed(query[rows], key, head, length)
     else:
-        raise TypeError(f"the oracle does not know the pattern {name}: use Dense, Dilated or SlidingWindow")
+        raise TypeError(f"the oracle does not know the pattern {name}: use Dense, Dilated, SlidingWindow, BlockSparse")
     return counts
 
 
@@ -103,12 +111,13 @@ class _Sight:
         self.pattern, self.heads = pattern, heads
         self.query, self.key = q_position[:, None], k_position[None, :]
         self.allowed = (q_document[:, None] == k_document[None, :]) & (q_document[:, None] >= 0)
+        self.lengths = self.allowed.sum(1)
         if is_causal:
             self.allowed &= self.key <= self.query
 
     def counts(self, head: int) -> Tensor:
         """The multiplicity of each key for each query in one head: (rows, kv_len), int64."""
-        return _times(self.pattern, self.heads, head, self.query, self.key) * self.allowed
+        return _times(self.pattern, self.heads, head, self.query, self.key, self.lengths) * self.allowed
 
 
 def visible(
@@ -216,8 +225,9 @@ def oracle(
         query: (batch, heads, q_len, head_dim), any floating dtype, any strides.
         key: (batch, kv_heads, kv_len, head_dim).
         value: (batch, kv_heads, kv_len, value_dim), on the same device; value_dim is head_dim as a rule.
-        pattern: a ``Dense`` (the same as None), ``Dilated`` (LongNet, arXiv 2307.02486) or ``SlidingWindow``.
-            Known by its class's name and read by its public attributes.
+        pattern: a ``Dense`` (the same as None), ``Dilated`` (LongNet, arXiv 2307.02486) or ``SlidingWindow``,
+            known by its class's name and read by its public attributes; or a ``BlockSparse``, asked by its plain
+            predicate ``allowed(query, key, head, kv_len)``.
         is_causal: a query sees only keys at its own position or before it.
         scale: what the scores are multiplied by; 1 / sqrt(head_dim) if None.
         dropout_p: must be 0.0.
