@@ -10,6 +10,7 @@ from attrs import evolve
 from longspan.discovery import registry
 from longspan.lowering import dense_problem, lower
 from longspan.policy import current
+from longspan.profile import current_profile
 from longspan.resolve import is_native, refusals, resolve
 from longspan.spec import Candidate, Device, Problem, Reason, Resolution
 
@@ -31,10 +32,12 @@ def explain(problem: Problem, device: Device | str | None = None, *, backend: st
     if device is not None:
         problem = problem.replace(device=device)
     candidates, policy = registry.candidates(), current(backend)
-    resolution = resolve(problem, candidates, policy)
+    profile = current_profile(problem.device.name) if present(problem.device) else None
+    measured = profile.seconds(problem) if profile else {}
+    resolution = resolve(problem, candidates, policy, measured=measured)
     fitting = [candidate for candidate in candidates if resolution[candidate.name].ok]
     if refused := _refused_parts(problem, fitting):
-        resolution = resolve(problem, candidates, policy, refused)
+        resolution = resolve(problem, candidates, policy, refused, measured)
     notes = []
     if not present(problem.device):
         notes.append(

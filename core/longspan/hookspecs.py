@@ -57,8 +57,10 @@ def longspan_allocator(device: Device) -> Allocator:
 
 
 @hookspec(firstresult=True)
-def longspan_kernel(problem: Problem, layout: Any, buffers: Workspace) -> Kernel | Callable[..., Any]:
+def longspan_kernel(problem: Problem, layout: Any, buffers: Workspace) -> Kernel | Callable[..., Any] | None:
     """Kernel compute: `(query, key, value) -> (out, lse)`, or a `Kernel` with a backward.
+
+    None for a problem that the backend would take natively, but would rather have lowered to dense ones.
 
     Called when a plan is made, never when it runs: heavy imports belong here. For a pattern that the backend does not
     declare, the core asks for kernels of the dense problems it lowers to: their `q_len`, `kv_len`, `head_dim`,

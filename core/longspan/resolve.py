@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from types import MappingProxyType
 
 from longspan.errors import BackendUnavailable, UnknownBackend
@@ -17,13 +18,15 @@ def resolve(
     candidates: Sequence[Candidate],
     policy: Policy,
     known_refusals: Mapping[str, tuple[Reason, ...]] = MappingProxyType({}),
+    measured: Mapping[str, float] = MappingProxyType({}),
 ) -> Resolution:
     """Choose a backend. Touches no device: a CPU machine can ask for any GPU.
 
-    `known_refusals` are reasons against backends, by name, that came up elsewhere.
+    `known_refusals` are reasons against backends, by name, that came up elsewhere; `measured` the seconds that backends
+    took for such a problem on this machine.
 
-    Order: block, then the backend named (argument, context, environment), then preferences, then native support of
-    the pattern, tier, name. A named backend that does not fit is not replaced: `chosen` is None.
+    Order: block, then the backend named (argument, context, environment), then preferences, then what was measured,
+    fastest first, then native support of the pattern, tier, name. A named backend that does not fit is not replaced: `chosen` is None.
 
     Raises:
         UnknownBackend: a name in the policy that no candidate has.
@@ -39,7 +42,7 @@ def resolve(
         verdicts[candidate.name] = Verdict(candidate.name, not hard, (*hard, *soft))
         if not hard and not soft:
             eligible.append(candidate)
-    eligible.sort(key=lambda candidate: _rank(candidate, problem, policy))
+    eligible.sort(key=lambda candidate: _rank(candidate, problem, policy, measured))
     ranked = [candidate.name for candidate in eligible]
     order = ranked + [name for name in sorted(known) if name not in ranked]
     ordered = tuple(verdicts[name] for name in sorted(order, key=lambda name: not verdicts[name].ok))
@@ -59,7 +62,7 @@ def resolve(
         skipped = f" after {', '.join(passed)}, which did not fit" if passed else ""
         return resolution(chosen.name, policy.prefer_from, f"{chosen.name} was preferred{skipped}")
     missed = f"; preferred {', '.join(policy.prefer)} did not fit" if policy.prefer else ""
-    return resolution(chosen.name, "auto", _why(chosen, problem, len(eligible)) + missed)
+    return resolution(chosen.name, "auto", _why(chosen, problem, ranked, measured) + missed)
 
 
 def demand(resolution: Resolution) -> str:
@@ -183,19 +186,26 @@ def _not_by_auto(candidate: Candidate) -> tuple[Reason, ...]:
     return ()
 
 
-def _rank(candidate: Candidate, problem: Problem, policy: Policy) -> tuple[int, bool, int, str]:
+def _rank(
+    candidate: Candidate, problem: Problem, policy: Policy, measured: Mapping[str, float]
+) -> tuple[int, float, bool, int, str]:
     can = candidate.info.capabilities
     assert can is not None  # loaded
     prefer = policy.prefer
     place = prefer.index(candidate.name) if candidate.name in prefer else len(prefer)
-    return place, not can.runs(problem.pattern.kind), -can.tier, candidate.name
+    seconds = measured.get(candidate.name, inf)
+    return place, seconds, not can.runs(problem.pattern.kind), -can.tier, candidate.name
 
 
-def _why(chosen: Candidate, problem: Problem, fitting: int) -> str:
+def _why(chosen: Candidate, problem: Problem, ranked: Sequence[str], measured: Mapping[str, float]) -> str:
     can = chosen.info.capabilities
     assert can is not None  # loaded
     how = "natively" if can.runs(problem.pattern.kind) else "lowered to dense calls"
-    among = "the only backend that fits" if fitting == 1 else f"the first of {fitting} that fit"
+    fitting = len(ranked)
+    among = "the only one that auto may take" if fitting == 1 else f"the first of {fitting} that auto may take"
+    times = [f"{name} {1e3 * measured[name]:.3g} ms" for name in ranked if name in measured]
+    if fitting > 1 and chosen.name in measured:
+        among = f"the fastest measured on this machine ({', '.join(times)})"
     return f"{chosen.name} is {among}; {problem.pattern.kind} runs {how} on {problem.device.name}"
 
 

@@ -2,8 +2,8 @@
 
 On sm_60 to sm_62 float16 runs at a fraction of float32's rate (1/64 on sm_61) and bfloat16 not at all; most CPUs have
 no float16 arithmetic either. Tiles of query, key and value are widened one at a time, so that no float32 copy of a
-whole sequence ever exists, and the kernel on each tile is that of `sdpa` in float32. That half is slow here is a matter
-of the resolution, not of a class: no subclass can lose it.
+whole sequence ever exists; the arithmetic on each tile is float32. That half is slow here is a matter of the
+resolution, not of a class: no subclass can lose it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longspan import Capabilities, Kernel, Problem, Reason, hookimpl, merge_
-from longspan_plugins import sdpa
+from longspan_plugins import cpu_fused, sdpa
 
 TILE_BYTES = 8 * 2**20
 """What one widened tile may take."""
@@ -44,6 +44,11 @@ def longspan_unsupported(problem: Problem) -> Iterable[Reason]:
 
 @hookimpl
 def longspan_kernel(problem: Problem) -> Kernel:
+    """Widened a tile at a time: by the native kernels of `cpu_fused` where they serve, else over sdpa's in float32."""
+    return cpu_fused.widening_kernel(problem) or tiled(problem)
+
+
+def tiled(problem: Problem) -> Kernel:
     """Tiles over sdpa's float32 kernels, square ones (causal on the diagonal) or rectangles."""
     wide = problem.replace(dtype="float32")
     square = sdpa.longspan_kernel(wide)

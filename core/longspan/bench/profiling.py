@@ -1,0 +1,89 @@
+"""`longspan bench --profile`: every backend that auto may take, timed on this machine, so that auto takes the fastest."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+import longspan
+from longspan import Dense, Dilated, Pattern, Problem, SlidingWindow
+from longspan.bench.peaks import bandwidth, product_peak
+from longspan.errors import LongspanError
+from longspan.profile import Measure, Profile, machine_name
+from longspan.spec import Device
+
+__all__ = ["make_profile"]
+
+DTYPES = ("float32", "bfloat16", "float16")
+HEADS, HEAD_DIM = 4, 64
+ENOUGH = 0.5
+"""Seconds after which a measurement is not repeated."""
+
+
+def make_profile(device: torch.device, quick: bool = False, progress: Callable[[str], object] = str) -> Profile:
+    """Measure every backend that auto may take, at a few shapes, forward and backward.
+
+    Args:
+        device: where to measure.
+        quick: short sequences only.
+        progress: called with a line for each measurement.
+    """
+    kind = Device.of(device)
+    measures = []
+    for problem in _problems(kind, quick):
+        names = [verdict.name for verdict in longspan.explain(problem).candidates if verdict.ok and not verdict.reasons]
+        for name in names:
+            try:
+                forward, backward = _times(problem, name, device)
+            except (LongspanError, RuntimeError) as error:  # one that cannot is not to stop the others
+                progress(f"{name} on {problem}: {error}")
+                continue
+            progress(f"{name} on {problem}: {1e3 * forward:.3g} ms forward, {1e3 * backward:.3g} ms backward")
+            measures.append(Measure(name, problem.pattern.kind, problem.dtype, problem.kv_len, forward, backward))
+    return Profile(
+        device=kind.name,
+        machine=machine_name(),
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+        peaks={dtype: product_peak(getattr(torch, dtype), device, 3) for dtype in DTYPES},
+        bandwidth=bandwidth(device, 3),
+        measures=tuple(measures),
+    )
+
+
+def _problems(device: Device, quick: bool) -> Iterator[Problem]:
+    for dtype in DTYPES:
+        for tokens in (512,) if quick else (256, 2048):
+            patterns: list[Pattern] = [Dense(), SlidingWindow(tokens // 8, 0)]
+            patterns.append(Dilated((tokens // 4, tokens // 2), (1, 2)))
+            for pattern in patterns:
+                yield Problem(
+                    batch=1, heads=HEADS, q_len=tokens, head_dim=HEAD_DIM, dtype=dtype, device=device, pattern=pattern,
+                    is_causal=True,
+                )  # fmt: skip
+
+
+def _times(problem: Problem, name: str, device: torch.device) -> tuple[float, float]:
+    shape = (problem.batch, problem.heads, problem.q_len, problem.head_dim)
+    query, key, value, dout = (torch.randn(shape, device=device).to(getattr(torch, problem.dtype)) for _ in range(4))
+    made = longspan.plan(problem, backend=name)
+    with torch.no_grad():
+        out, lse = made(query, key, value)
+        forward = _median(lambda: made(query, key, value), device)
+        return forward, _median(lambda: made.backward(dout, query, key, value, out, lse), device)
+
+
+def _median(call: Callable[[], Any], device: torch.device) -> float:
+    call()
+    times: list[float] = []
+    while len(times) < 3 or (len(times) < 15 and sum(times) < ENOUGH):
+        start = time.perf_counter()
+        call()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)

@@ -1,0 +1,65 @@
+"""Fused attention for CPUs: scores, softmax and weighted sums of a tile stay in the caches, forward and backward.
+
+Native kernels, compiled at first use for the processor at hand (AVX-512 with bfloat16 products, AVX2, or whatever the
+C compiler's vectors become), run dense, windowed and dilated attention over packed documents in one softmax a row, read
+keys and values where they lie, and draw dropout by position. Without a C compiler the same backend composes its tiles
+from torch's operators.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from longspan import Capabilities, Kernel, Problem, hookimpl
+
+
+@hookimpl
+def longspan_capabilities() -> Capabilities:
+    """Dense, windowed, dilated and block-sparse attention in single and half precision, computed in float32."""
+    return Capabilities(
+        devices=("cpu",),
+        dtypes=("float16", "bfloat16", "float32"),
+        patterns=("dense", "window", "dilated", "block_sparse"),
+        causal=True,
+        gqa=True,
+        dropout=True,
+        documents=True,
+        window=True,
+        query_offset=True,
+        backward=True,
+        deterministic=True,
+        tier=35,
+    )
+
+
+@hookimpl
+def longspan_pattern(problem: Problem) -> Any:
+    """Tiles and segments, where the kernels run the pattern as it is; None leaves it to be lowered."""
+    from longspan_plugins.cpu_fused.library import load
+    from longspan_plugins.cpu_fused.program import program_for
+
+    return program_for(problem, load()) if load().handle else None
+
+
+@hookimpl
+def longspan_kernel(problem: Problem, layout: Any) -> Kernel | None:
+    """Native kernels over the layout's program; composed tiles for dense problems where there are none."""
+    from longspan_plugins.cpu_fused import composed, native
+    from longspan_plugins.cpu_fused.library import load
+    from longspan_plugins.cpu_fused.program import Program
+
+    if isinstance(layout, Program):
+        return native.kernel(problem, layout, load())
+    return composed.kernel(problem)
+
+
+def widening_kernel(problem: Problem) -> Kernel | None:
+    """The native kernel of a dense problem on a CPU; None elsewhere, and where there is none."""
+    if problem.device.type != "cpu":
+        return None
+    from longspan_plugins.cpu_fused import native
+    from longspan_plugins.cpu_fused.library import load
+    from longspan_plugins.cpu_fused.program import program_for
+
+    program = program_for(problem, load()) if load().handle else None
+    return native.kernel(problem, program, load()) if program else None

@@ -1,0 +1,109 @@
+/* Exact attention for CPUs: forward and joint backward over any list of strided key segments a query tile. */
+#include "backward.h"
+#include "dilated.h"
+#include <pthread.h>
+#include <stdatomic.h>
+
+typedef struct {
+    Job *job;
+    int backward;
+    atomic_long next;
+    long units;
+} Queue;
+
+static void *block(size_t floats) { return aligned_alloc(64, (4 * floats + 63) / 64 * 64 + 64); }
+
+static int open_space(Space *s, int64_t dim) {
+    const int64_t padded = (dim + VL - 1) / VL * VL;
+    float **parts[] = {&s->query, &s->sum, &s->scores, &s->key, &s->value, &s->rows, (float **)&s->pairs, (float **)&s->weights};
+    const int64_t sizes[] = {TILE * dim, TILE * dim, KEYS * PANEL, KEYS * dim, KEYS * dim, TILE * padded, KEYS * dim, KEYS * PANEL};
+    int good = 1;
+    for (int i = 0; i < 8; i++) good &= (*parts[i] = block(sizes[i])) != 0;
+    return good;
+}
+
+static void close_space(Space *s) {
+    free(s->query), free(s->sum), free(s->scores), free(s->key), free(s->value), free(s->rows), free(s->pairs), free(s->weights);
+}
+
+static int open_trace(Trace *t, int64_t dim) {
+    const int64_t padded = (dim + VL - 1) / VL * VL;
+    float **parts[] = {&t->query_rows, &t->dout_rows, &t->query, &t->dout, &t->dquery, &t->weights, &t->slope, &t->key, &t->value, &t->rows};
+    const int64_t sizes[] = {TILE * padded, TILE * padded, TILE * dim, TILE * dim, TILE * dim, TILE * KEYS, TILE * KEYS, KEYS * dim, KEYS * dim, TILE * padded};
+    int good = 1;
+    for (int i = 0; i < 10; i++) good &= (*parts[i] = block(sizes[i])) != 0;
+    return good;
+}
+
+static void close_trace(Trace *t) {
+    free(t->query_rows), free(t->dout_rows), free(t->query), free(t->dout), free(t->dquery), free(t->weights), free(t->slope);
+    free(t->key), free(t->value), free(t->rows);
+}
+
+static const int64_t *program(const Job *job, int64_t head) { return job->programs + 2 * job->program_of_head[head]; }
+
+static void run_forward(Queue *queue) {
+    Job *job = queue->job;
+    Space space = {0};
+    if (!open_space(&space, job->dim))
+        job->failed = 1;
+    else
+        for (;;) { /* the next tile of the next head of the next entry; later tiles first: under causality they are longer */
+            long unit = atomic_fetch_add(&queue->next, 1);
+            if (unit >= queue->units) break;
+            int64_t per_entry = queue->units / job->batch, left = unit % per_entry, head = 0;
+            for (int64_t count; left >= (count = program(job, head)[1] - program(job, head)[0]); head++) left -= count;
+            forward_tile(job, job->tiles + program(job, head)[1] - 1 - left, unit / per_entry, head, &space);
+        }
+    close_space(&space);
+}
+
+static void run_backward(Queue *queue) {
+    Job *job = queue->job;
+    Trace trace = {0};
+    const int64_t kv_heads = job->heads / job->group;
+    if (!open_trace(&trace, job->dim))
+        job->failed = 1;
+    else
+        for (;;) {
+            long unit = atomic_fetch_add(&queue->next, 1);
+            if (unit >= queue->units) break;
+            const int64_t part = unit % job->parts, own = unit / job->parts % kv_heads, entry = unit / job->parts / kv_heads;
+            const int64_t where = part * job->dkey_at[0] + entry * job->dkey_at[1] + own * job->dkey_at[2];
+            for (int64_t head = own * job->group; head < (own + 1) * job->group; head++)
+                for (int64_t tile = program(job, head)[0] + part; tile < program(job, head)[1]; tile += job->parts)
+                    backward_tile(job, job->tiles + tile, entry, head, job->dkey + where, job->dvalue + where, &trace);
+        }
+    close_trace(&trace);
+}
+
+static void *run(void *given) {
+    Queue *queue = given;
+    (queue->backward ? run_backward : run_forward)(queue);
+    return 0;
+}
+
+static int64_t run_all(Job *job, int backward, long units) {
+    enum { MOST = 256 };
+    Queue queue = {job, backward, 0, units};
+    pthread_t threads[MOST];
+    long helpers = job->threads - 1, started = 0;
+    if (helpers > units - 1) helpers = units - 1;
+    if (helpers > MOST) helpers = MOST;
+    while (started < helpers && pthread_create(&threads[started], 0, run, &queue) == 0) started++;
+    run(&queue);
+    for (long i = 0; i < started; i++) pthread_join(threads[i], 0);
+    return job->failed;
+}
+
+int64_t longspan_forward(Job *job) {
+    long units = 0;
+    for (int64_t head = 0; head < job->heads; head++) units += program(job, head)[1] - program(job, head)[0];
+    return run_all(job, 0, units * job->batch);
+}
+
+int64_t longspan_backward(Job *job) { return run_all(job, 1, job->batch * (job->heads / job->group) * job->parts); }
+
+/* So that the Python side can refuse a library built from another source: the size of a Job, and the lanes of a vector. */
+int64_t longspan_job_size(void) { return sizeof(Job); }
+int64_t longspan_lanes(void) { return VL; }

@@ -1,0 +1,134 @@
+"""The native kernels: compiled once for this processor with the C compiler that is there, and kept in the cache folder.
+
+No compiler is needed for longspan to install and work: without one, `load` says why and the backend composes its work
+from torch's operators. The file's name holds a digest of the sources, the compiler and the processor, so that a home
+folder shared by different machines never gives one of them another's instructions.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from math import lcm
+from pathlib import Path
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from longspan import cache_folder
+from longspan_plugins.cpu_fused.binding import WORDS
+
+__all__ = ["Library", "compiler", "load"]
+
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
+PATIENCE = 120.0
+"""Seconds that a compiler may take."""
+
+
+@frozen
+class Library:
+    """The loaded kernels, or why there are none."""
+
+    handle: ctypes.CDLL | None
+    lanes: int = 0
+    refusal: str = ""
+
+    def dilated(
+        self,
+        branches: tuple[tuple[int, int, int], ...],
+        documents: Tensor,
+        is_causal: bool,
+        tiles: Tensor | None = None,
+        segments: Tensor | None = None,
+        base: int = 0,
+    ) -> list[int]:
+        """Tiles, segments and rows of heads with these branches (w, r, s); written where there is room for them."""
+        assert self.handle is not None  # callers ask for a program only then
+        told, rows = (ctypes.c_int64 * 3)(), torch.tensor(branches, dtype=torch.int64)
+        refused = self.handle.longspan_dilated(
+            *(ctypes.c_int64(len(branches)), ctypes.c_void_p(rows.data_ptr())),
+            ctypes.c_int64(lcm(*(r for _, r, _ in branches))),
+            *(ctypes.c_int64(len(documents)), ctypes.c_void_p(documents.data_ptr()), ctypes.c_int64(is_causal)),
+            *(ctypes.c_void_p(None if one is None else one.data_ptr()) for one in (tiles, segments)),
+            *(ctypes.c_int64(base), told),
+        )
+        assert not refused, "more branches, or a longer period, than the caller checked"
+        return list(told)
+
+    @property
+    def name(self) -> str:
+        """Who computes, for `Kernel.library`."""
+        return f"native, {self.lanes} lanes" if self.handle else "torch operators"
+
+
+def compiler() -> str | None:
+    """The C compiler: `$CC`, else the first of cc, gcc and clang; None where there is none."""
+    wanted = os.environ.get("CC", "").split()[:1]
+    return next((found for name in (*wanted, "cc", "gcc", "clang") if (found := shutil.which(name))), None)
+
+
+@cache
+def load() -> Library:
+    """The kernels of this machine, compiled if need be. Takes seconds once a machine; afterwards a file is loaded."""
+    if os.name != "posix":
+        return Library(None, refusal=f"native kernels are for POSIX systems, this is {os.name}")
+    program = compiler()
+    if program is None:
+        return Library(None, refusal="no C compiler found. Next: install gcc or clang, or set CC")
+    try:
+        return _open(_built(program))
+    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        return Library(None, refusal=f"{program} did not make a library: {said.strip()[-400:]}")
+
+
+def _open(path: Path) -> Library:
+    handle = ctypes.CDLL(str(path))
+    for name in ("longspan_forward", "longspan_backward", "longspan_dilated", "longspan_job_size", "longspan_lanes"):
+        getattr(handle, name).restype = ctypes.c_int64
+    handle.longspan_forward.argtypes = handle.longspan_backward.argtypes = (ctypes.c_void_p,)
+    if (size := handle.longspan_job_size()) != 8 * WORDS:
+        raise OSError(f"{path} takes jobs of {size} bytes, want {8 * WORDS}. Next: delete it")
+    return Library(handle, handle.longspan_lanes())
+
+
+def _built(program: str) -> Path:
+    here = Path(__file__).parent
+    sources = sorted([*here.glob("*.h"), *here.glob("*.c")])
+    digest = hashlib.sha256()
+    for part in (*FLAGS, program, _version(program), _processor()):
+        digest.update(part.encode() + b"\0")
+    for source in sources:
+        digest.update(source.read_bytes())
+    folder = cache_folder("cpu_fused")
+    path = folder / f"attention-{digest.hexdigest()[:24]}.so"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # renamed when whole: others may be building it too
+        fresh = Path(scratch) / path.name
+        command = [program, *FLAGS, "-o", str(fresh), str(here / "attention.c"), "-lpthread", "-lm"]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
+        os.replace(fresh, path)
+    return path
+
+
+def _version(program: str) -> str:
+    return subprocess.run([program, "--version"], check=True, capture_output=True, text=True, timeout=PATIENCE).stdout
+
+
+def _processor() -> str:
+    """What tells one kind of processor from another: its instruction sets."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    told = {line.split(":")[0].strip(): line for line in reversed(lines) if ":" in line}
+    return platform.machine() + "".join(told.get(key, "") for key in ("model name", "flags", "Features", "CPU part"))

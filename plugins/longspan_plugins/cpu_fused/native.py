@@ -1,0 +1,169 @@
+"""Running a program with the native kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import profiler
+
+from longspan import Dropout, Kernel, Problem
+from longspan_plugins.cpu_fused.binding import bits, run, strides
+from longspan_plugins.cpu_fused.library import Library
+from longspan_plugins.cpu_fused.program import Program
+
+__all__ = ["OPERATOR", "kernel"]
+
+OPERATOR = "longspan_plugins::cpu_fused"
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+PAYS = 2**21
+"""Multiply-adds that are worth a thread of their own: starting one takes about as long."""
+
+
+def kernel(problem: Problem, program: Program, library: Library) -> Kernel:
+    """Forward and backward of one problem."""
+    native = _Native(problem, program, library)
+    return Kernel(native.forward, native.backward, (OPERATOR,), f"cpu_fused ({library.name})")
+
+
+class _Native:
+    def __init__(self, problem: Problem, program: Program, library: Library) -> None:
+        assert library.handle is not None  # there is a program
+        self._forward, self._backward = library.handle.longspan_forward, library.handle.longspan_backward
+        self._lanes, self._program = library.lanes, program
+        self._scale = bits(problem.scale)
+        self._of_heads = {len(program.of_head): program.of_head}  # a lowered problem may come with other heads
+        counts, ranges = program.segments[:, 2], program.ranges
+        self._pairs = int(counts.sum()) * 128 // max(1, len(ranges))  # an upper bound for one head
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, dropout: Dropout | None = None
+    ) -> tuple[Tensor, Tensor]:
+        out = torch.empty(query.shape, dtype=query.dtype)
+        lse = torch.empty(query.shape[:3], dtype=torch.float32)
+        if not self._program.covered:
+            out.zero_()
+            lse.fill_(-torch.inf)
+        threads = self._threads(query, 2)
+        held = self._job(query, key, value, out, lse, threads, 1)
+        words = [*held[0], *(0,) * 17, 0, *held[1](dropout)]
+        with _traced():
+            run(self._forward, words)
+        return out, lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dropout: Dropout | None = None,
+        dlse: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        batch, kv_heads, keys, dim = key.shape
+        padded = -(-dim // self._lanes) * self._lanes
+        threads = self._threads(query, 5)
+        parts = min(-(-threads // max(1, batch * kv_heads)), max(1, len(self._program.tiles)))
+        dquery = (torch.empty if self._program.covered else torch.zeros)(query.shape, dtype=query.dtype)
+        dkey = torch.zeros(parts, batch, kv_heads, keys, padded)
+        dvalue = torch.zeros_like(dkey)
+        held = self._job(query, key, value, out, lse, threads, parts)
+        words = [
+            *held[0],
+            dout.data_ptr(),
+            0 if dlse is None else dlse.data_ptr(),
+            dquery.data_ptr(),
+            dkey.data_ptr(),
+            dvalue.data_ptr(),
+            *strides(dout),
+            *strides(dlse),
+            *strides(dquery),
+            *strides(dkey),
+            keys,
+            *held[1](dropout),
+        ]
+        with _traced():
+            run(self._backward, words)
+        return dquery, _joined(dkey, dim, key.dtype), _joined(dvalue, dim, key.dtype)
+
+    def _job(
+        self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, threads: int, parts: int
+    ) -> tuple[list[int], Any]:
+        """The words up to the backward's, and a function for the dropout's, which keeps what they point to."""
+        program = self._program
+        batch, heads, _, dim = query.shape
+        of_head = self._of_heads.get(heads)
+        if of_head is None:
+            of_head = self._of_heads[heads] = torch.zeros(heads, dtype=torch.int64)
+        masks = program.masks
+        words = [
+            batch,
+            heads,
+            heads // max(1, key.shape[1]),
+            dim,
+            KINDS[query.dtype],
+            threads,
+            parts,
+            self._scale,
+            program.tiles.data_ptr(),
+            program.segments.data_ptr(),
+            program.ranges.data_ptr(),
+            of_head.data_ptr(),
+            0 if masks is None else masks.data_ptr(),
+            0 if masks is None else masks.shape[1],
+            0 if masks is None else masks.shape[2],
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            out.data_ptr(),
+            lse.data_ptr(),
+            *strides(query),
+            *strides(key),
+            *strides(value),
+            *strides(out),
+            *strides(lse),
+        ]
+        return words, _dropout_words
+
+    def _threads(self, query: Tensor, products: int) -> int:
+        work = products * self._pairs * query.shape[0] * query.shape[1] * query.shape[3]
+        return max(1, min(torch.get_num_threads(), work // PAYS))
+
+
+def _dropout_words(dropout: Dropout | None) -> list[int]:
+    if dropout is None:
+        return [0] * 15
+    return [
+        dropout.lines.data_ptr(),
+        dropout.queries.data_ptr(),
+        dropout.keys.data_ptr(),
+        *dropout.lines.stride(),
+        *dropout.queries.stride(),
+        *dropout.keys.stride(),
+        (dropout.seed + 2**63) % 2**64 - 2**63,
+        bits(1.0 / (1.0 - dropout.p)),
+        int(dropout.p * 2**32) - 2**31,
+        0,
+    ]
+
+
+def _joined(parts: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """The parts' sums added up, in the input's dtype and without padding."""
+    return (parts[0] if len(parts) == 1 else parts.sum(0))[..., :dim].to(dtype)
+
+
+class _Untraced:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+_UNTRACED = _Untraced()
+
+
+def _traced() -> Any:
+    """A name for the profiler, where one is looking on: it sees no operator of torch's here."""
+    return profiler.record_function(OPERATOR) if profiler._is_profiler_enabled else _UNTRACED  # noqa: SLF001

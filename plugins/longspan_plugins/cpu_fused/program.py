@@ -1,0 +1,175 @@
+"""What the native kernels run: query tiles and, for each, the key segments that it attends to in one softmax.
+
+A tile is up to 128 query rows at a regular step, a segment a run of keys at a regular step; both say at which positions
+they stand, so that causality and windows are one comparison. Built with vectorised operations, in time and memory
+proportional to the number of tiles and segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from math import lcm
+
+import torch
+from attrs import field, frozen
+from torch import Tensor
+
+from longspan import BlockSparse, Dense, Dilated, Problem, SlidingWindow
+from longspan_plugins.cpu_fused.library import Library
+
+__all__ = ["FAR", "TILE", "Program", "program_for"]
+
+TILE = 128
+FAR = 2**60
+"""A reach beyond every position."""
+
+
+@frozen(eq=False)
+class Program:
+    """Tiles and segments as `attention.h` reads them: int64 rows, one program a kind of head.
+
+    `covered`: every query row of every head is in a tile.
+    """
+
+    tiles: Tensor
+    segments: Tensor
+    ranges: Tensor  # (programs, 2): first and last tile
+    of_head: Tensor  # (heads,): which program a head runs
+    covered: bool
+    masks: Tensor | None = None  # (masks, keys, words) int32
+    pairs: int = field(default=0)  # query-key pairs of one batch entry, masked ones among them
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held."""
+        held = (self.tiles, self.segments, self.ranges, self.of_head, self.masks)
+        return sum(one.nbytes for one in held if one is not None)
+
+
+@frozen
+class Span:
+    """One document: where it starts in query and key storage, its first query's position, and its lengths."""
+
+    query_start: int
+    key_start: int
+    first: int
+    queries: int
+    keys: int
+
+
+def spans(problem: Problem) -> list[Span]:
+    """The problem's documents, or the whole of it."""
+    if problem.documents is None:
+        return [Span(0, 0, problem.query_offset, problem.q_len, problem.kv_len)]
+    return [Span(a, a, 0, b - a, b - a) for a, b in pairwise(problem.documents) if b > a]
+
+
+def program_for(problem: Problem, library: Library) -> Program | None:
+    """The problem's program; None where tiles would be too small to pay."""
+    pattern = problem.pattern
+    if isinstance(pattern, BlockSparse):
+        from longspan_plugins.cpu_fused.blocks import block_program
+
+        return block_program(problem)
+    if isinstance(pattern, Dilated):
+        return _dilated(problem, pattern, library)
+    if isinstance(pattern, Dense):
+        before, after = FAR, 0 if problem.is_causal else FAR
+    elif isinstance(pattern, SlidingWindow):
+        before, after = pattern.left, 0 if problem.is_causal else pattern.right
+    else:
+        return None
+    parts = [_banded(span, before, after) for span in spans(problem)]
+    return assemble([parts], torch.zeros(problem.heads, dtype=torch.int64), _covers(problem))
+
+
+def _covers(problem: Problem) -> bool:
+    """Whether documents reach to the last query."""
+    return problem.documents is None or problem.documents[-1] == problem.q_len
+
+
+Part = tuple[Tensor, Tensor]
+"""Tiles, whose last two columns number segments of this part, and its segments."""
+
+
+def assemble(programs: Iterable[list[Part]], of_head: Tensor, covered: bool, masks: Tensor | None = None) -> Program:
+    """One program of many parts."""
+    tiles, segments, ranges = [], [], []
+    tile_count = segment_count = 0
+    for parts in programs:
+        first = tile_count
+        for part_tiles, part_segments in parts:
+            part_tiles[:, 4:6] += segment_count
+            tiles.append(part_tiles)
+            segments.append(part_segments)
+            tile_count += len(part_tiles)
+            segment_count += len(part_segments)
+        ranges.append((first, tile_count))
+    return Program(
+        torch.cat(tiles) if tiles else torch.zeros(0, 6, dtype=torch.int64),
+        torch.cat(segments) if segments else torch.zeros(0, 9, dtype=torch.int64),
+        torch.tensor(ranges, dtype=torch.int64),
+        of_head,
+        covered,
+        masks,
+    )
+
+
+def columns(*values: Tensor | int) -> Tensor:
+    """Columns side by side; numbers are repeated."""
+    rows = next(len(value) for value in values if isinstance(value, Tensor))
+    return torch.stack(
+        [value if isinstance(value, Tensor) else torch.full((rows,), value, dtype=torch.int64) for value in values], 1
+    )
+
+
+def _banded(span: Span, before: int, after: int) -> Part:
+    """Contiguous tiles, each with the one run of keys that any of its rows may see."""
+    start = torch.arange(0, span.queries, TILE)
+    count = (span.queries - start).clamp(max=TILE)
+    position = start + span.first
+    low = (position - before).clamp(min=0, max=span.keys) if before < FAR else torch.zeros_like(start)
+    high = (position + count + after).clamp(max=span.keys) if after < FAR else torch.full_like(start, span.keys)
+    number = torch.arange(len(start))
+    tiles = columns(start + span.query_start, 1, count, position, number, number + 1)
+    segments = columns(low + span.key_start, 1, (high - low).clamp(min=0), low, before, after, -1, 0, 0)
+    return tiles, segments
+
+
+# --------------------------------------------------------------------------------------------------------- dilated
+
+Branch = tuple[int, int, int]
+"""Segment length, rate and offset."""
+
+
+def _dilated(problem: Problem, pattern: Dilated, library: Library) -> Program | None:
+    """One softmax over all branches of a row: rows with the same branches and step are tiles of their own."""
+    kinds: dict[tuple[Branch, ...], int] = {}
+    of_head = torch.tensor([kinds.setdefault(one, len(kinds)) for one in _branches_of_heads(pattern, problem.heads)])
+    rates = {r for branches in kinds for _, r, _ in branches}
+    shortest = min(*pattern.segment_lengths, problem.kv_len)
+    if max(pattern.dilation_rates) > shortest or shortest // lcm(*rates) < TILE // 4 or len(pattern.segment_lengths) > 32:
+        return None
+    documents = torch.tensor([[s.query_start, s.key_start, s.first, s.queries, s.keys] for s in spans(problem)])
+    listings = [library.dilated(branches, documents, problem.is_causal) for branches in kinds]
+    tiles, segments = (torch.empty(sum(one[i] for one in listings), width, dtype=torch.int64) for i, width in ((0, 6), (1, 9)))
+    ranges, covered, first, base = [], True, 0, 0
+    for branches, (many, more, rows) in zip(kinds, listings, strict=True):
+        library.dilated(branches, documents, problem.is_causal, tiles[first:], segments, base)
+        ranges.append((first, first + many))
+        covered = covered and rows == problem.q_len
+        first, base = first + many, base + more
+    return Program(tiles, segments, torch.tensor(ranges), of_head, covered)
+
+
+def _branches_of_heads(pattern: Dilated, heads: int) -> Iterator[tuple[Branch, ...]]:
+    pairs = list(zip(pattern.segment_lengths, pattern.dilation_rates, strict=True))
+    if pattern.heads == "grouped":
+        size, more = divmod(heads, len(pairs))
+        for number, (w, r) in enumerate(pairs):
+            for _ in range(size + (number < more)):
+                yield ((w, r, number % r),)
+        return
+    for head in range(heads):
+        yield tuple((w, r, head % r if pattern.offset == "modulo" else head // -(-heads // r)) for w, r in pairs)

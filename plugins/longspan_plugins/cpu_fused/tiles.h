@@ -1,0 +1,140 @@
+/* The register blocks. Queries lie side by side in the lanes of vectors, so that the softmax of 2 * VL rows needs no
+   shuffle, keys and values are read where they are, one scalar a time, and only the queries are transposed, once a tile.
+   Every product is `C[row][lane] += A[row][k] * B[k][lane]` with A scalars. */
+#pragma once
+#include "attention.h"
+#include "vectors.h"
+
+enum { KEYS = 64 }; /* keys of a chunk: a panel's scores, KEYS x PANEL floats, stay in the first cache */
+
+typedef struct {
+    vf a, b;
+} Pair;
+
+/* scores[key][lane] = sum over x of key[key][x] * query[x][lane]; returns the larger of each lane and `top`. */
+INLINE Pair score_rows(int rows, int64_t dim, const float *key, int64_t key_at, const float *query, float *scores, Pair top) {
+    vf a[ROWS], b[ROWS];
+    UNROLL for (int r = 0; r < rows; r++) a[r] = b[r] = (vf){0};
+    for (int64_t x = 0; x < dim; x++) {
+        vf qa = load(query + x * PANEL), qb = load(query + x * PANEL + VL);
+        UNROLL for (int r = 0; r < rows; r++) {
+            vf k = all(key[r * key_at + x]);
+            a[r] += k * qa;
+            b[r] += k * qb;
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++) {
+        store(scores + r * PANEL, a[r]);
+        store(scores + r * PANEL + VL, b[r]);
+        top.a = larger(top.a, a[r]);
+        top.b = larger(top.b, b[r]);
+    }
+    return top;
+}
+
+APART Pair score(int64_t keys, int64_t dim, const float *key, int64_t key_at, const float *query, float *scores, Pair top) {
+    int64_t k = 0;
+    for (; k + ROWS <= keys; k += ROWS)
+        top = score_rows(ROWS, dim, key + k * key_at, key_at, query, scores + k * PANEL, top);
+    for (; k < keys; k++) top = score_rows(1, dim, key + k * key_at, key_at, query, scores + k * PANEL, top);
+    return top;
+}
+
+/* sum[x][lane] = sum[x][lane] * fade[lane] + sum over keys of value[key][x] * weights[key][lane]. */
+INLINE void weigh_rows(int rows, int64_t keys, const float *value, int64_t value_at, const float *weights, float *sum, Pair fade) {
+    vf a[ROWS], b[ROWS];
+    UNROLL for (int r = 0; r < rows; r++) {
+        a[r] = load(sum + r * PANEL) * fade.a;
+        b[r] = load(sum + r * PANEL + VL) * fade.b;
+    }
+    for (int64_t k = 0; k < keys; k++) {
+        vf wa = load(weights + k * PANEL), wb = load(weights + k * PANEL + VL);
+        UNROLL for (int r = 0; r < rows; r++) {
+            vf v = all(value[k * value_at + r]);
+            a[r] += v * wa;
+            b[r] += v * wb;
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++) {
+        store(sum + r * PANEL, a[r]);
+        store(sum + r * PANEL + VL, b[r]);
+    }
+}
+
+APART void weigh(int64_t keys, int64_t dim, const float *value, int64_t value_at, const float *weights, float *sum, Pair fade) {
+    int64_t x = 0;
+    for (; x + ROWS <= dim; x += ROWS) weigh_rows(ROWS, keys, value + x, value_at, weights, sum + x * PANEL, fade);
+    for (; x < dim; x++) weigh_rows(1, keys, value + x, value_at, weights, sum + x * PANEL, fade);
+}
+
+/* The same where a weight of 0 is a key that the lane may not see: 0 times NaN is NaN, so such terms are left out. */
+APART void weigh_seen(int64_t keys, int64_t dim, const float *value, int64_t value_at, const float *weights, float *sum, Pair fade) {
+    for (int64_t x = 0; x < dim; x++) {
+        vf a = load(sum + x * PANEL) * fade.a, b = load(sum + x * PANEL + VL) * fade.b;
+        for (int64_t k = 0; k < keys; k++) {
+            vf wa = load(weights + k * PANEL), wb = load(weights + k * PANEL + VL), v = all(value[k * value_at + x]);
+            a = pick(wa != 0, a + v * wa, a);
+            b = pick(wb != 0, b + v * wb, b);
+        }
+        store(sum + x * PANEL, a);
+        store(sum + x * PANEL + VL, b);
+    }
+}
+
+INLINE int all_finite(const float *rows, int64_t at, int64_t count, int64_t dim) {
+    vf sum = {0};
+    float rest = 0;
+    for (int64_t i = 0; i < count; i++) {
+        int64_t x = 0;
+        for (; x + VL <= dim; x += VL) sum += load(rows + i * at + x) * 0.0f;
+        for (; x < dim; x++) rest += rows[i * at + x] * 0.0f;
+    }
+    for (int lane = 0; lane < VL; lane++) rest += sum[lane];
+    return rest == 0.0f;
+}
+
+/* ------------------------------------------------------------------------------------------------- what is visible */
+
+enum { NONE, SOME, EVERY };
+
+/* Lane numbers. */
+INLINE vi lanes(void) {
+    vi n;
+    UNROLL for (int i = 0; i < VL; i++) n[i] = i;
+    return n;
+}
+
+/* Which pairs of queries `row` to `row + rows - 1` of the tile and keys `k` to `k + keys - 1` of the segment count. */
+INLINE int visible(const Tile *tile, const Segment *s, int64_t row, int64_t rows, int64_t k, int64_t keys) {
+    if (s->mask >= 0) return SOME;
+    int64_t qa = tile->position + row * tile->step, qb = qa + (rows - 1) * tile->step;
+    int64_t ka = s->position + k * s->step, kb = ka + (keys - 1) * s->step;
+    if (ka > qb + s->after || kb < qa - s->before) return NONE;
+    return kb <= qa + s->after && ka >= qb - s->before ? EVERY : SOME;
+}
+
+INLINE int32_t clip(int64_t x) { return x > 1 << 30 ? 1 << 30 : x < -(1 << 30) ? -(1 << 30) : (int32_t)x; }
+
+typedef struct {
+    vi a, b;
+} Seen;
+
+/* Which lanes of the panel see key `k` of the segment: all ones or zeros. */
+INLINE Seen seen(const Job *job, const Tile *tile, const Segment *s, int64_t row, int64_t k) {
+    vi lane = lanes();
+    if (s->mask >= 0) {
+        const uint32_t *words = job->masks + (s->mask * job->mask_keys + s->mask_key + k) * job->mask_words;
+        int64_t bit = s->mask_query + row, word = bit / 32;
+        uint64_t bits = word < job->mask_words ? words[word] : 0;
+        if (word + 1 < job->mask_words) bits |= (uint64_t)words[word + 1] << 32;
+        uint32_t mine = (uint32_t)(bits >> bit % 32);
+        vi one = (vi){0} + 1;
+        vi a = (vi){0} + (int32_t)mine, b = (vi){0} + (int32_t)((uint64_t)mine >> VL);
+        return (Seen){(a & one << lane) != 0, (b & one << lane) != 0};
+    }
+    int64_t from = s->position + k * s->step - tile->position - row * tile->step; /* the key's, from lane 0's */
+    vi low = (vi){0} + clip(from - s->after), high = (vi){0} + clip(from + s->before);
+    int32_t step = (int32_t)tile->step;
+    vi a = lane * step, b = (lane + VL) * step;
+    return (Seen){(a >= low) & (a <= high), (b >= low) & (b <= high)};
+}

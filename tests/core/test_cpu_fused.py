@@ -1,0 +1,291 @@
+"""The native CPU kernels against the float64 oracle, and what becomes of the backend without a C compiler."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import longspan as ls
+from longspan.lowering import lower
+from longspan.testing import oracle
+from longspan_plugins.cpu_fused import library
+from longspan_plugins.cpu_fused.program import Program, program_for
+
+NATIVE = pytest.mark.skipif(library.compiler() is None, reason="no C compiler: the kernels are composed")
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}
+
+
+def tensors(batch, heads, kv_heads, q_len, kv_len, dim, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (batch, heads, q_len, dim), (batch, kv_heads, kv_len, dim), (batch, kv_heads, kv_len, dim)
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+
+def compare(query, key, value, pattern, dtype, **given):
+    out, lse = ls.attention(query, key, value, pattern, backend="cpu_fused", return_lse=True, **given)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(dtype)
+    out.backward(dout)
+    wide = [x.detach().double().requires_grad_() for x in (query, key, value)]
+    want, want_lse = oracle(*wide, pattern, return_lse=True, **given)
+    want.backward(dout.double())
+    seen = want_lse.isfinite()
+    assert torch.equal(lse.isfinite(), seen)
+    assert bool((lse[~seen] == -math.inf).all()) and not bool(out.detach()[~seen].any())
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(out.double(), want, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(lse[seen].double(), want_lse[seen], atol=2e-5, rtol=2e-5)
+    for mine, theirs in zip((query, key, value), wide, strict=True):
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, atol=3 * tolerance, rtol=3 * tolerance)
+
+
+PATTERNS = st.one_of(
+    st.just(ls.Dense()),
+    st.builds(ls.SlidingWindow, st.integers(0, 90), st.integers(0, 40)),
+    st.sampled_from(
+        [
+            ls.Dilated((64, 128), (1, 2)),
+            ls.Dilated((96,), (3,)),
+            ls.Dilated((64, 128, 256), (1, 2, 2), offset="block"),
+            ls.Dilated((64, 160), (2, 1), heads="grouped"),
+            ls.local_blocks(70, 10, block_size=32) | ls.global_blocks(1, block_size=32),
+            ls.random_blocks(0.3, block_size=16, seed=5),
+            ~ls.random_blocks(0.4, block_size=160, seed=5),
+        ]
+    ),
+)
+
+
+@NATIVE
+@settings(max_examples=60, deadline=None)
+@given(
+    pattern=PATTERNS,
+    dtype=st.sampled_from(list(TOLERANCE)),
+    length=st.integers(1, 330),
+    dim=st.sampled_from([1, 3, 16, 24, 64, 80]),
+    heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]),
+    is_causal=st.booleans(),
+    scale=st.sampled_from([None, -0.3, 0.0, 0.7]),
+)
+def test_native_kernels_are_the_oracle(pattern, dtype, length, dim, heads, is_causal, scale):
+    query, key, value = tensors(2, *heads, length, length, dim, dtype)
+    given = {"is_causal": is_causal, "scale": scale, "enable_gqa": heads[0] != heads[1]}
+    compare(query, key, value, pattern, dtype, **given)
+
+
+@NATIVE
+@settings(max_examples=30, deadline=None)
+@given(
+    pattern=PATTERNS,
+    q_len=st.integers(1, 200),
+    kv_len=st.integers(1, 200),
+    offset=st.integers(0, 150),
+    is_causal=st.booleans(),
+)
+def test_queries_that_start_anywhere(pattern, q_len, kv_len, offset, is_causal):
+    query, key, value = tensors(1, 2, 2, q_len, kv_len, 16, torch.float32)
+    compare(query, key, value, pattern, torch.float32, is_causal=is_causal, query_offset=offset)
+
+
+@NATIVE
+@settings(max_examples=30, deadline=None)
+@given(pattern=PATTERNS, cuts=st.lists(st.integers(0, 200), max_size=4), is_causal=st.booleans())
+def test_packed_documents(pattern, cuts, is_causal):
+    query, key, value = tensors(1, 2, 2, 200, 200, 16, torch.float32)
+    documents = tuple(sorted({0, *cuts, 200}))
+    compare(query, key, value, pattern, torch.float32, is_causal=is_causal, cu_seqlens=documents)
+
+
+@NATIVE
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_half_precision_number_survives(dtype):
+    value = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(1, 1, 1, -1)
+    value = torch.where(value.isfinite(), value, 0.0).view(1024, 1, 1, 64)
+    query = torch.zeros_like(value)
+    out = ls.attention(query, query, value, backend="cpu_fused")
+    if dtype is torch.bfloat16:  # products of bfloat16 take subnormal numbers for 0
+        smallest = torch.finfo(dtype).tiny
+        value = torch.where(value.abs() < smallest, 0.0, value)
+        out = torch.where(out.abs() < smallest, 0.0, out)
+    assert torch.equal(out.abs(), value.abs()) and torch.equal(out > 0, value > 0)
+
+
+@NATIVE
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_large_and_far_scores(dtype):
+    query, key, value = (x.detach() for x in tensors(1, 2, 2, 150, 150, 16, dtype))
+    for factor in (30.0, 1e3, 1e-3):
+        out, lse = ls.attention(query * factor, key, value, backend="cpu_fused", return_lse=True)
+        want, want_lse = oracle((query * factor).double(), key.double(), value.double(), return_lse=True)
+        torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5 * factor)
+        assert out.isfinite().all()
+        torch.testing.assert_close(out.double(), want, atol=0.1 if dtype is not torch.float32 else 5e-3, rtol=0.1)
+
+
+@NATIVE
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(
+    "pattern", [ls.Dense(), ls.SlidingWindow(40, 0), ls.Dilated((64, 128), (1, 2)), ls.local_blocks(50, 0, block_size=32)]
+)
+def test_nothing_that_is_hidden_leaks(pattern, dtype):
+    """Bit for bit: forward and gradients of the rows before an edit, whatever the edit."""
+    query, key, value = tensors(1, 2, 2, 200, 200, 32, dtype)
+    out = ls.attention(query, key, value, pattern, is_causal=True, backend="cpu_fused")
+    dout = torch.ones_like(out)
+    dout[:, :, 120:] = 0
+    grads = torch.autograd.grad(out, (query, key, value), dout)
+    for bad in (math.nan, math.inf, 7.0):
+        edited = [x.detach().clone() for x in (query, key, value)]
+        for x in edited[1:]:
+            x[:, :, 120:] = bad
+        edited = [x.requires_grad_() for x in edited]
+        again = ls.attention(*edited, pattern, is_causal=True, backend="cpu_fused")
+        assert torch.equal(again[:, :, :120], out[:, :, :120])
+        if bad == 7.0:  # rows without a gradient still bring 0 times NaN to what they see
+            for mine, theirs in zip(torch.autograd.grad(again, edited, dout), grads, strict=True):
+                assert torch.equal(mine[:, :, :120], theirs[:, :, :120])
+
+
+@NATIVE
+def test_as_many_threads_as_torch_has(monkeypatch):
+    query, key, value = tensors(1, 2, 1, 700, 700, 64, torch.float32)
+    found = []
+    for threads in (1, 2, 5):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            out = ls.attention(query, key, value, is_causal=True, enable_gqa=True, backend="cpu_fused")
+            found.append([out, *torch.autograd.grad(out.sum(), (query, key, value))])
+        finally:
+            torch.set_num_threads(before)
+    for other in found[1:]:
+        assert torch.equal(other[0], found[0][0]) and torch.equal(other[1], found[0][1])
+        for mine, theirs in zip(other[2:], found[0][2:], strict=True):  # parts are summed in another order
+            torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+@NATIVE
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_dropout_is_everybodys(dtype):
+    query, key, value = tensors(2, 2, 1, 150, 150, 16, dtype)
+    given = {"dropout_p": 0.4, "dropout_seed": 11, "is_causal": True, "enable_gqa": True}
+    mine = ls.attention(query, key, value, backend="cpu_fused", **given)
+    theirs = ls.attention(query, key, value, backend="reference", **given)
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(mine, theirs, atol=tolerance, rtol=tolerance)
+    dout = torch.randn(mine.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for a, b in zip(
+        torch.autograd.grad(mine, (query, key, value), dout),
+        torch.autograd.grad(theirs, (query, key, value), dout),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, atol=4 * tolerance, rtol=4 * tolerance)
+
+
+@NATIVE
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(40, 400), min_size=1, max_size=3),
+    rates=st.lists(st.integers(1, 6), min_size=3, max_size=3),
+    heads=st.integers(1, 5),
+    n=st.integers(40, 700),
+    is_causal=st.booleans(),
+)
+def test_dilated_programs_keep_the_lowered_pairs(lengths, rates, heads, n, is_causal):
+    pattern = ls.Dilated(tuple(lengths), tuple(rates[: len(lengths)]))
+    problem = ls.Problem(batch=1, heads=heads, q_len=n, head_dim=8, pattern=pattern, is_causal=is_causal)
+    program = program_for(problem, library.load())
+    if program is None:
+        return
+    pairs = 0
+    for head in range(heads):
+        first, last = program.ranges[program.of_head[head]].tolist()
+        rows = torch.cat([t[0] + t[1] * torch.arange(t[2]) for t in program.tiles[first:last]])
+        assert len(rows.unique()) == len(rows)
+        assert not program.covered or len(rows) == n
+        for tile in program.tiles[first:last]:
+            queries = tile[3] + tile[1] * torch.arange(tile[2])
+            for s in program.segments[tile[4] : tile[5]]:
+                keys = s[3] + s[1] * torch.arange(s[2])
+                pairs += int(((keys <= queries[:, None]) if is_causal else torch.ones(len(queries), len(keys))).sum())
+    assert pairs == lower(problem).pairs
+
+
+@NATIVE
+def test_the_plan_says_who_computes_and_the_profiler_agrees():
+    made = ls.plan(ls.Problem(batch=1, heads=2, q_len=256, head_dim=64), backend="cpu_fused")
+    assert isinstance(made.layout, Program) and "lanes" in made.libraries[0]
+    assert made.verify().ok
+
+
+@NATIVE
+def test_threads_of_the_caller():
+    query, key, value = (x.detach() for x in tensors(1, 2, 2, 400, 400, 32, torch.float32))
+    want = ls.attention(query, key, value, is_causal=True, backend="cpu_fused")
+    wrong = []
+
+    def work():
+        for _ in range(20):
+            if not torch.equal(ls.attention(query, key, value, is_causal=True, backend="cpu_fused"), want):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+PROGRAM = """
+import torch, longspan as ls
+from longspan.testing import oracle
+from longspan_plugins.cpu_fused.library import load
+torch.manual_seed(0)
+print(load().name, "|", load().refusal)
+for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 1e-2), (torch.bfloat16, 6e-2)):
+    for pattern in (ls.Dense(), ls.SlidingWindow(30, 0), ls.Dilated((64, 128), (1, 2))):
+        for n in (40, 600):
+            q, k, v = (torch.randn(1, 2, n, 16).to(dtype).requires_grad_() for _ in range(3))
+            wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+            out, want = ls.attention(q, k, v, pattern, is_causal=True, backend="cpu_fused"), oracle(*wide, pattern, is_causal=True)
+            torch.testing.assert_close(out.double(), want, atol=tolerance, rtol=tolerance)
+            out.sum().backward(), want.sum().backward()
+            for a, b in zip((q, k, v), wide):
+                torch.testing.assert_close(a.grad.double(), b.grad, atol=5 * tolerance, rtol=5 * tolerance)
+print("right")
+"""
+
+
+def start(tmp_path, **environ):
+    kept = {key: value for key, value in os.environ.items() if key not in ("CC", "PATH")}
+    given = {**kept, "PATH": "/nowhere", "LONGSPAN_CACHE": str(tmp_path), **environ}
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM], env=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize(("compiler", "said"), [(None, "no C compiler found"), ("/bin/false", "did not make a library")])
+def test_without_a_compiler_torch_operators_serve(tmp_path, compiler, said):
+    process = start(tmp_path, **({"CC": compiler} if compiler else {}))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "torch operators" in out and said in out and out.endswith("right\n")
+
+
+@NATIVE
+def test_processes_that_build_at_once(tmp_path):
+    path = os.environ["PATH"]
+    both = [start(tmp_path, PATH=path) for _ in range(3)]
+    for process in both:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        assert "native" in out and out.endswith("right\n")
+    assert [path.suffix for path in (tmp_path / "cpu_fused").iterdir()] == [".so"]
