@@ -14,9 +14,27 @@ with _warnings.catch_warnings():  # torch says so on import where NumPy is missi
     import torch as _torch  # noqa: F401
 
 from longspan import blockwise
+from longspan.arena import ArenaStats, BufferArena
 from longspan.attention import attention
+from longspan.block_builders import (
+    bigbird,
+    dilated_blocks,
+    global_blocks,
+    global_tokens,
+    hierarchical_blocks,
+    local_blocks,
+    longformer,
+    random_blocks,
+    strided_blocks,
+)
+from longspan.block_csr import BlockCSR, HeadBlocks
+from longspan.block_mask import from_block_mask, layout_from, to_block_mask
+from longspan.block_sparse import BlockSparse, per_head
 from longspan.buffers import Allocator, Workspace
+from longspan.cache import PatternCache
+from longspan.cache_entry import CacheStats
 from longspan.checkpoint import checkpoint
+from longspan.defaults import buffer_arena, pattern_cache
 from longspan.discovery import registry as _registry
 from longspan.dropout import Dropout
 from longspan.errors import (
@@ -30,6 +48,7 @@ from longspan.errors import (
     UnknownBackend,
 )
 from longspan.explain import explain
+from longspan.folders import cache_folder
 from longspan.hookspecs import hookimpl
 from longspan.layout import Layout
 from longspan.merge import merge_
@@ -67,20 +86,27 @@ def __getattr__(name: str) -> _Any:
 
 __all__ = [
     "Allocator",
+    "ArenaStats",
     "ArgumentError",
     "BackendInfo",
     "BackendUnavailable",
+    "BlockCSR",
+    "BlockSparse",
+    "BufferArena",
     "BufferSpec",
+    "CacheStats",
     "Capabilities",
     "Dense",
     "Device",
     "Dilated",
     "Dropout",
     "DuplicateBackend",
+    "HeadBlocks",
     "Kernel",
     "Layout",
     "LongspanError",
     "Pattern",
+    "PatternCache",
     "Plan",
     "PluginError",
     "PluginWarning",
@@ -94,15 +120,31 @@ __all__ = [
     "Workspace",
     "attention",
     "backends",
+    "bigbird",
     "blockwise",
+    "buffer_arena",
+    "cache_folder",
     "checkpoint",
+    "dilated_blocks",
     "explain",
+    "from_block_mask",
+    "global_blocks",
+    "global_tokens",
+    "hierarchical_blocks",
     "hookimpl",
+    "layout_from",
+    "local_blocks",
+    "longformer",
     "merge_",
     "parse_pattern",
+    "pattern_cache",
+    "per_head",
     "plan",
+    "random_blocks",
     "register",
+    "strided_blocks",
     "testing",
+    "to_block_mask",
     "unregister",
     "use",
 ]

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from longspan import blockwise
+from longspan.buffers import Workspace
 from longspan.contract import check_gradients, check_result
 from longspan.dropout import Draw, Dropout
 from longspan.layout import Call, Layout
 from longspan.merge import merge_
+from longspan.scratch import Scratch
 from longspan.spec import Kernel
+from longspan.tensors import unit_stride, wide_dtype
 from longspan.views import Block, blocks
 
 __all__ = ["TEMPORARY", "Step", "run_backward", "run_forward"]
@@ -53,35 +56,49 @@ class Step:
 
 
 def run_forward(
-    layout: Layout, steps: Sequence[Step], draw: Draw | None, query: Tensor, key: Tensor, value: Tensor
+    layout: Layout,
+    steps: Sequence[Step],
+    draw: Draw | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    memory: Workspace | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute `(out, lse)`: out of query's shape and dtype, lse `(batch, heads, q_len)` float32 or float64.
 
-    Results that several calls share are merged in float32 or wider, whatever the dtype of the inputs.
+    Results that several calls share are merged in float32 or wider, whatever the dtype of the inputs. Temporaries come
+    from `memory`, results never do.
     """
-    query, key, value = _unit(query), _unit(key), _unit(value)
-    wide = _wide(query)
+    query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
+    wide = wide_dtype(query.dtype)
     out_dtype = wide if layout.merges else query.dtype
-    if layout.covered:
-        out = torch.empty(query.shape, dtype=out_dtype, device=query.device)
-        lse = torch.empty(query.shape[:3], dtype=wide, device=query.device)
-    else:
-        out = torch.zeros(query.shape, dtype=out_dtype, device=query.device)
-        lse = torch.full(query.shape[:3], -torch.inf, dtype=wide, device=query.device)
-    query_strides = (query.stride(), out.stride(), (*lse.stride(), 1))
-    key_strides = (key.stride(), value.stride())
-    k = _first_key(query_strides, draw)
-    for call, step, block, given in _launches(layout, steps, draw, query, query_strides, key_strides):
-        turn = _flip if call.flipped else _as_is
-        part, part_lse = step.forward(
-            turn(block.query_side(query, 0)), turn(block.key_side(key, k)), turn(block.key_side(value, k + 1)), **given
-        )
-        if call.first:
-            block.query_side(out, 1).copy_(turn(part))
-            block.line_side(lse, 2).copy_(turn(part_lse))
+    with Scratch(memory, query, query.numel() * wide.itemsize) as scratch:
+        if out_dtype is query.dtype:
+            out = torch.empty(query.shape, dtype=out_dtype, device=query.device)
         else:
-            merge_(block.query_side(out, 1), block.line_side(lse, 2), turn(part), turn(part_lse))
-    return out.to(query.dtype), lse
+            out = scratch.once("out", query.shape, out_dtype)
+        lse = torch.empty(query.shape[:3], dtype=wide, device=query.device)
+        if not layout.covered:
+            out.zero_()
+            lse.fill_(-torch.inf)
+        query_strides = (query.stride(), out.stride(), (*lse.stride(), 1))
+        key_strides = (key.stride(), value.stride())
+        k = _first_key(query_strides, draw)
+        for call, step, block, given in _launches(layout, steps, draw, query, query_strides, key_strides):
+            q, keys, values = block.query_side(query, 0), block.key_side(key, k), block.key_side(value, k + 1)
+            if call.flipped:
+                q, keys, values = scratch.flip("q", q), scratch.flip("k", keys), scratch.flip("v", values)
+            part, part_lse = step.forward(q, keys, values, **given)
+            if call.flipped:
+                part, part_lse = scratch.flip("part", part), part_lse.flip(2)
+            if call.first:
+                block.query_side(out, 1).copy_(part)
+                block.line_side(lse, 2).copy_(part_lse)
+            else:
+                part = scratch.widen("wide", part, wide)
+                merge_(block.query_side(out, 1), block.line_side(lse, 2), part, part_lse)
+            del part, part_lse  # two launches' results at once are twice the memory, and the heap trims what is freed
+        return out.to(query.dtype), lse
 
 
 def run_backward(
@@ -95,35 +112,44 @@ def run_backward(
     out: Tensor,
     lse: Tensor,
     dlse: Tensor | None = None,
+    memory: Workspace | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `run_forward`: every call's backward gets the joint `out` and `lse`, and the results add up."""
-    dout, query, key, value, out = (_unit(x) for x in (dout, query, key, value, out))
+    dout, query, key, value, out = (unit_stride(x) for x in (dout, query, key, value, out))
     sums = len(layout.calls) > 1 or query.shape[1] != key.shape[1]
-    dtype = _wide(query) if sums else query.dtype
-    dquery, dkey, dvalue = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (query, key, value))
-    lines = [(*x.stride(), 1) for x in (lse, dlse) if x is not None]
-    query_strides = (*(x.stride() for x in (query, dout, out, dquery)), *lines)
-    key_strides = tuple(x.stride() for x in (key, value, dkey, dvalue))
-    k = _first_key(query_strides, draw)
-    for call, step, block, given in _launches(layout, steps, draw, query, query_strides, key_strides):
-        turn = _flip if call.flipped else _as_is
-        dq, dk, dv = step.backward(
-            turn(block.query_side(dout, 1)),
-            turn(block.query_side(query, 0)),
-            turn(block.key_side(key, k)),
-            turn(block.key_side(value, k + 1)),
-            turn(block.query_side(out, 2)),
-            turn(block.line_side(lse, 4)),
-            dlse=None if dlse is None else turn(block.line_side(dlse, 5)),
-            **given,
-        )
-        block.query_side(dquery, 3).add_(turn(dq))
-        _add_keys(block, dkey, k + 2, turn(dk))
-        _add_keys(block, dvalue, k + 3, turn(dv))
-    dquery = dquery.to(query.dtype)  # one after the other: each wide sum is freed before the next result is made
-    dkey = dkey.to(key.dtype)
-    dvalue = dvalue.to(value.dtype)
-    return dquery, dkey, dvalue
+    dtype = wide_dtype(query.dtype) if sums else query.dtype
+    with Scratch(memory, query, query.numel() * dtype.itemsize) as scratch:
+
+        def total(name: str, like: Tensor) -> Tensor:
+            if dtype is like.dtype:
+                return torch.zeros(like.shape, dtype=dtype, device=like.device)
+            return scratch.once(name, like.shape, dtype).zero_()
+
+        dquery, dkey, dvalue = total("dquery", query), total("dkey", key), total("dvalue", value)
+        lines = [(*x.stride(), 1) for x in (lse, dlse) if x is not None]
+        query_strides = (*(x.stride() for x in (query, dout, out, dquery)), *lines)
+        key_strides = tuple(x.stride() for x in (key, value, dkey, dvalue))
+        k = _first_key(query_strides, draw)
+        for call, step, block, given in _launches(layout, steps, draw, query, query_strides, key_strides):
+            turn = scratch.flip if call.flipped else _as_is
+            dq, dk, dv = step.backward(
+                turn("dout", block.query_side(dout, 1)),
+                turn("q", block.query_side(query, 0)),
+                turn("k", block.key_side(key, k)),
+                turn("v", block.key_side(value, k + 1)),
+                turn("out", block.query_side(out, 2)),
+                turn("lse", block.line_side(lse, 4)),
+                dlse=None if dlse is None else turn("dlse", block.line_side(dlse, 5)),
+                **given,
+            )
+            block.query_side(dquery, 3).add_(turn("dq", dq))
+            _add_keys(block, dkey, k + 2, turn("dk", dk))
+            _add_keys(block, dvalue, k + 3, turn("dv", dv))
+            del dq, dk, dv
+        dquery = dquery.to(query.dtype)  # one after the other: each wide sum is freed before the next result is made
+        dkey = dkey.to(key.dtype)
+        dvalue = dvalue.to(value.dtype)
+        return dquery, dkey, dvalue
 
 
 def _launches(
@@ -162,11 +188,7 @@ def _first_key(queries: tuple[tuple[int, ...], ...], draw: Draw | None) -> int:
     return len(queries) + (0 if draw is None else 2)
 
 
-def _flip(tensor: Tensor) -> Tensor:
-    return tensor.flip(2)
-
-
-def _as_is(tensor: Tensor) -> Tensor:
+def _as_is(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
@@ -174,12 +196,3 @@ def _add_keys(block: Block, total: Tensor, slot: int, part: Tensor) -> None:
     if block.shared is not None:
         part = part.sum(block.shared, keepdim=True, dtype=total.dtype)
     block.key_side(total, slot, once=True).add_(part)
-
-
-def _unit(tensor: Tensor) -> Tensor:
-    """Kernels may rely on a last dimension without gaps."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

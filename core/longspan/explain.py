@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from attrs import evolve
 
+from longspan.block_layout import BlockLayout
+from longspan.block_schedule import dense_parts, schedule
+from longspan.block_sparse import BlockSparse
 from longspan.discovery import registry
 from longspan.lowering import dense_problem, lower
 from longspan.policy import current
@@ -38,7 +41,7 @@ def explain(problem: Problem, device: Device | str | None = None, *, backend: st
     fitting = [candidate for candidate in candidates if resolution[candidate.name].ok]
     if refused := _refused_parts(problem, fitting):
         resolution = resolve(problem, candidates, policy, refused, measured)
-    notes = []
+    notes = _block_notes(problem, resolution, candidates)
     if not present(problem.device):
         notes.append(
             f"this machine has no {problem.device.name}: the answer assumes a torch build for it, and the plugins "
@@ -49,22 +52,46 @@ def explain(problem: Problem, device: Device | str | None = None, *, backend: st
 
 def _refused_parts(problem: Problem, candidates: Sequence[Candidate]) -> dict[str, tuple[Reason, ...]]:
     """What backends hold against the dense problems that this problem lowers to; of one kind, the first."""
-    lowered: dict[bool, list[Problem]] = {}
+    lowered: dict[tuple[bool, bool], list[Problem]] = {}
     refused = {}
     for candidate in candidates:
         can = candidate.info.capabilities
         if can is None or is_native(problem, can):
             continue
-        if can.gqa not in lowered:
-            parts = (dense_problem(problem, call, can.gqa) for call in lower(problem).calls)
-            lowered[can.gqa] = list(dict.fromkeys(parts))
+        means = can.gqa, can.causal
+        if means not in lowered:
+            lowered[means] = _dense_problems(problem, *means)
         found: dict[tuple[str, str], Reason] = {}
-        for part in lowered[can.gqa]:
+        for part in lowered[means]:
             for reason in refusals(part, candidate):
                 found.setdefault((reason.code, reason.field), reason)
         if found:
             refused[candidate.name] = tuple(found.values())
     return refused
+
+
+def _dense_problems(problem: Problem, gqa: bool, causal: bool) -> list[Problem]:
+    layout = lower(problem, may_be_causal=causal)
+    if isinstance(layout, BlockLayout):
+        return list(dense_parts(problem, schedule(problem, layout)).values())
+    return list(dict.fromkeys(dense_problem(problem, call, gqa) for call in layout.calls))
+
+
+def _block_notes(problem: Problem, resolution: Resolution, candidates: Sequence[Candidate]) -> list[str]:
+    """What becomes of a block-sparse pattern: who runs which blocks, or why none are run."""
+    if not isinstance(problem.pattern, BlockSparse):
+        return []
+    chosen = next((one.info.capabilities for one in candidates if one.name == resolution.chosen), None)
+    layout = lower(problem, may_be_causal=chosen is None or chosen.causal)
+    if not isinstance(layout, BlockLayout):
+        return ["the pattern keeps every pair that there is here: it runs as dense attention, which no blocks beat"]
+    if chosen is None or is_native(problem, chosen):
+        return []
+    full, partial = layout.count()
+    size = problem.pattern.block_size
+    who = f"{resolution.chosen} runs {full:,} full blocks of {size}"
+    who += f", the core {partial:,} partial ones under their masks" if partial else ""
+    return [f"{who}: {layout.products:.1%} of dense attention's products"]
 
 
 def present(device: Device) -> bool:

@@ -3,23 +3,28 @@
 A branch of a dilated pattern reads every `r`-th row of each segment, which is a strided view of the sequence, so each
 (branch, offset) is one batched dense call over all full segments, plus one for the ragged tail. A sliding window is two
 batched calls, one of them upside down. Where queries do not start at the first key, a causal strip splits into a
-rectangle that sees everything and a causal square.
+rectangle that sees everything and a causal square. A block-sparse pattern becomes a `BlockLayout`, whose blocks are
+gathered where they do not lie side by side; where it keeps everything, it is dense attention.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import pairwise
 
+import torch
 from attrs import frozen
 
+from longspan.block_layout import BlockLayout
+from longspan.block_sparse import BlockSparse
 from longspan.errors import ArgumentError
 from longspan.layout import Call, Heads, Layout
 from longspan.patterns import Dense, Dilated, SlidingWindow
 from longspan.spec import Problem
 from longspan.strips import Span, Strip, segment_strips, window_strips
 
-__all__ = ["dense_problem", "lower"]
+__all__ = ["as_dense", "dense_problem", "head_pairs", "lay_blocks", "lower"]
 
 
 @frozen
@@ -47,15 +52,27 @@ class _Window:
         return window_strips(span, self.left, self.right, is_causal)
 
 
-def lower(problem: Problem) -> Layout:
+def lower(problem: Problem, *, may_be_causal: bool = True) -> Layout | BlockLayout:
     """Lower the problem's pattern to dense calls.
 
+    Args:
+        problem: what is to be computed.
+        may_be_causal: the kernel takes causal dense problems even where the problem itself is not causal.
+
     Returns:
-        A layout whose calls together compute the pattern exactly.
+        A layout whose calls together compute the pattern exactly. For a block-sparse pattern a `BlockLayout`, or dense
+        attention's where the pattern keeps every pair, or every pair of the causal triangle.
 
     Raises:
         ArgumentError: the core cannot lower this pattern.
     """
+    if not isinstance(problem.pattern, BlockSparse):
+        return _lower(problem)
+    whole = as_dense(problem, may_be_causal=may_be_causal)
+    return lay_blocks(problem) if whole is None else _lower(whole)
+
+
+def _lower(problem: Problem) -> Layout:
     calls: list[Call] = []
     covering = 0
     for group in _groups(problem):
@@ -64,7 +81,7 @@ def lower(problem: Problem) -> Layout:
                 for strip in branch.strips(span, problem.is_causal):
                     store = strip.first and number == 0
                     covering += store * branch.heads.count * strip.queries.count * strip.queries.length
-                    for heads, kv_heads in _head_pairs(branch.heads, problem):
+                    for heads, kv_heads in head_pairs(branch.heads, problem):
                         calls.append(
                             Call(heads, kv_heads, strip.queries, strip.keys, strip.is_causal, store, strip.flipped)
                         )
@@ -141,7 +158,7 @@ def _spans(problem: Problem) -> list[Span]:
     return [Span(a, a, 0, b - a, b - a) for a, b in pairwise(problem.documents) if b > a]
 
 
-def _head_pairs(heads: Heads, problem: Problem) -> Iterator[tuple[Heads, Heads]]:
+def head_pairs(heads: Heads, problem: Problem) -> Iterator[tuple[Heads, Heads]]:
     """Query heads with their key heads, in runs where the sharing is regular."""
     group = problem.heads // problem.kv_heads
     first = heads.start // group
@@ -157,3 +174,51 @@ def _head_pairs(heads: Heads, problem: Problem) -> Iterator[tuple[Heads, Heads]]
         mine = [number for number in numbers if number // group == kv_head]
         if mine:
             yield Heads(mine[0], len(mine), heads.step), Heads(kv_head, 1)
+
+
+# ------------------------------------------------------------------------------------------------------- block-sparse
+
+
+@lru_cache(maxsize=4)  # explaining a problem and making its plan ask for the same
+def _laid(pattern: BlockSparse, spans: tuple[Span, ...], is_causal: bool, heads: int) -> BlockLayout:
+    with torch.inference_mode(False), torch.device("cpu"):  # it outlives the mode that it happens to be made in
+        found = {
+            (span.queries, span.keys, span.first): pattern.csr(
+                span.queries, span.keys, is_causal=is_causal, query_offset=span.first, heads=heads
+            )
+            for span in spans
+        }
+    return BlockLayout(spans, tuple(found[span.queries, span.keys, span.first] for span in spans))
+
+
+def lay_blocks(problem: Problem) -> BlockLayout:
+    """The blocks of a block-sparse problem, even where they are all there are."""
+    assert isinstance(problem.pattern, BlockSparse)
+    if 0 in (problem.batch, problem.heads, problem.q_len, problem.kv_len):
+        return BlockLayout((), ())
+    return _laid(problem.pattern, tuple(_spans(problem)), problem.is_causal, problem.heads)
+
+
+def as_dense(problem: Problem, *, may_be_causal: bool = True) -> Problem | None:
+    """The dense problem that keeps exactly the pairs of a block-sparse one, if there is one: nothing is faster then."""
+    if not isinstance(problem.pattern, BlockSparse):
+        return None
+    layout = lay_blocks(problem)
+    pairs = list(zip(layout.spans, layout.blocks, strict=True))
+    dense = problem.replace(pattern=Dense(), is_causal=False)
+    if all(csr.pairs == span.queries * span.keys for span, found in pairs for csr in found.layouts):
+        return dense
+    if not (problem.is_causal or may_be_causal):
+        return None
+    if not all(csr.pairs == _triangle(span) for span, found in pairs for csr in found.layouts):
+        return None
+    dense = dense.replace(is_causal=True)
+    if problem.is_causal or lay_blocks(problem.replace(is_causal=True)).pairs == layout.pairs:  # nothing lies above it
+        return dense
+    return None
+
+
+def _triangle(span: Span) -> int:
+    """How many pairs a causal triangle keeps."""
+    low, high = min(span.first, span.keys), min(span.end, span.keys)  # queries beyond the last key see all keys
+    return (high * (high + 1) - low * (low + 1)) // 2 + (span.queries - (high - low)) * span.keys

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from longspan.autocast import follow_autocast
 from longspan.autograd import Differentiable
+from longspan.cache import LayoutStore
 from longspan.dropout import Draw, check_seed, draw_seed
 from longspan.errors import ArgumentError
 from longspan.explain import explain
@@ -22,19 +23,20 @@ from longspan.verification import Verification, observe
 __all__ = ["Plan", "plan"]
 
 
-def plan(problem: Problem, backend: str | None = None) -> Plan:
+def plan(problem: Problem, backend: str | None = None, *, pattern_cache: LayoutStore | None = None) -> Plan:
     """Choose a backend for the problem and make its kernels.
 
     Args:
         problem: what is to be computed.
         backend: exactly this backend; else the policy in force decides.
+        pattern_cache: where to keep the layout: a `PatternCache` of a module's own, say; the shared one unless given.
 
     Raises:
         BackendUnavailable: the named backend does not fit, or none does; the message holds the reasons.
         UnknownBackend: a name nobody registered.
     """
     resolution = explain(problem, backend=backend)
-    return Plan(problem, resolution, demand(resolution))
+    return Plan(problem, resolution, demand(resolution), pattern_cache)
 
 
 class Plan:
@@ -44,7 +46,9 @@ class Plan:
     policy. It pickles as its problem and the backend's name.
     """
 
-    def __init__(self, problem: Problem, resolution: Resolution, backend: str) -> None:
+    def __init__(
+        self, problem: Problem, resolution: Resolution, backend: str, pattern_cache: LayoutStore | None = None
+    ) -> None:
         self.problem = problem
         self.resolution = resolution
         self.backend = backend
@@ -54,7 +58,7 @@ class Plan:
         self._device = "cuda" if problem.device.type == "rocm" else problem.device.type
         self._usual_device = torch.device(self._device)  # comparing it is cheaper than reading a type
         self._policy = Policy(backend, "argument").text
-        self._runner = make_runner(problem, backend)
+        self._runner = make_runner(problem, backend, pattern_cache)
         self._dropout_p = problem.dropout_p
         self._quick: Forward | None = None  # the bare kernel, once its first result was checked
         self.layout = self._runner.layout

@@ -15,7 +15,7 @@ from longspan.plan import Plan, plan
 from longspan.policy import fingerprint
 from longspan.spec import Problem
 
-__all__ = ["KEPT", "plan_for"]
+__all__ = ["KEPT", "forget", "plan_for"]
 
 KEPT = 512
 """Plans kept; the oldest goes."""
@@ -99,6 +99,11 @@ def plan_for(
 
 
 find_plans_by(plan_for)
+
+
+def forget() -> None:
+    """Drop all plans that were kept, and with them what they alone held of the arena."""
+    _plans.clear()
 
 
 def _boundaries(cu_seqlens: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What was measured on this machine: a profile that `longspan bench --profile` stores, and the resolver prefers to tiers.
+"""What was measured on this machine: `longspan bench --profile` stores it, and the resolver prefers it to tiers.
 
 One file a device kind in the cache folder. A profile of another processor, torch or longspan is not used.
 """

@@ -26,7 +26,8 @@ def resolve(
     took for such a problem on this machine.
 
     Order: block, then the backend named (argument, context, environment), then preferences, then what was measured,
-    fastest first, then native support of the pattern, tier, name. A named backend that does not fit is not replaced: `chosen` is None.
+    fastest first, then native support of the pattern, tier, name. A named backend that does not fit is not replaced:
+    `chosen` is None.
 
     Raises:
         UnknownBackend: a name in the policy that no candidate has.

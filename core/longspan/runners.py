@@ -2,54 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from attrs import evolve
 from torch import Tensor
 
 from longspan.autograd import Runner
-from longspan.buffers import Workspace
+from longspan.block_layout import BlockLayout
+from longspan.block_runner import BlockRunner
+from longspan.block_schedule import dense_parts, schedule
+from longspan.block_sparse import BlockSparse
+from longspan.buffers import Lender, Workspace
+from longspan.cache import LayoutStore
 from longspan.contract import check_gradients, check_result
 from longspan.discovery import registry
 from longspan.dropout import Draw
 from longspan.errors import PluginError
 from longspan.execution import Step, run_backward, run_forward
-from longspan.layout import Call, Layout
-from longspan.lowering import dense_problem, lower
+from longspan.layout import Layout
+from longspan.lowering import as_dense, dense_problem, lay_blocks, lower
+from longspan.providers import layout_of, lender_for
 from longspan.resolve import is_native
 from longspan.spec import Forward, Kernel, Problem
+from longspan.tensors import unit_stride
 
 __all__ = ["DirectRunner", "LoweredRunner", "make_runner"]
 
 
-def make_runner(problem: Problem, backend: str) -> DirectRunner | LoweredRunner:
-    """Make the kernels of a backend for a problem: the only place where the hooks of a lane are called.
+def make_runner(
+    problem: Problem, backend: str, pattern_cache: LayoutStore | None = None
+) -> DirectRunner | LoweredRunner | BlockRunner:
+    """Make the kernels of a backend for a problem: with `providers`, the only place where its hooks are called.
+
+    Args:
+        problem: what is to be computed.
+        backend: by whom.
+        pattern_cache: a store of layouts of the caller's own.
 
     Raises:
         PluginError: the backend returned what the hook contract does not allow.
     """
     can = registry.capabilities(backend)
-    layout = _layout(problem, backend)
-    if is_native(problem, can):
-        return DirectRunner(problem, layout, _kernel(problem, layout, backend), backend)
-    if not isinstance(layout, Layout):
+    if can.runs("dense") and (dense := as_dense(problem, may_be_causal=can.causal)) is not None:
+        return make_runner(dense, backend, pattern_cache)
+    layout = layout_of(problem, backend, pattern_cache)
+    if isinstance(problem.pattern, BlockSparse) and isinstance(layout, Layout):
+        layout = lay_blocks(problem)  # dense attention is beyond this backend
+    lender = lender_for(problem, backend)
+    if is_native(problem, can) and (whole := _offered(problem, layout, backend, lender)):
+        return DirectRunner(problem, layout, whole, backend, lender)
+    if not isinstance(layout, Layout | BlockLayout):
         if not can.runs(problem.pattern.kind):
             raise PluginError(
                 f"{backend}'s longspan_pattern returned {type(layout).__name__} for {problem.pattern.kind!r}, which it "
                 "does not declare. Next: return None there, or declare it in Capabilities.patterns"
             )
-        layout = lower(problem)  # the backend's own layout is for problems that its kernel takes natively
-    made: dict[Problem, Step] = {}
+        # The backend's own layout is for problems that its kernel takes natively.
+        layout = lower(problem, may_be_causal=can.causal)
     kernels: list[Kernel] = []
+
+    def step_for(dense: Problem) -> Step:
+        kernels.append(_kernel(dense, lower(dense), backend, lender))
+        return Step(kernels[-1], backend, gqa=can.gqa, is_causal=dense.is_causal, scale=dense.scale)
+
+    if isinstance(layout, BlockLayout):
+        jobs = schedule(problem, layout)
+        parts = {key: step_for(dense) for key, dense in dense_parts(problem, jobs).items()}
+        return BlockRunner(layout, jobs, parts, problem.scale, kernels, lender)
+    made: dict[Problem, Step] = {}
     steps = []
     for call in layout.calls:
         dense = dense_problem(problem, call, can.gqa)
         if dense not in made:
-            kernel = _kernel(dense, lower(dense), backend)
-            kernels.append(kernel)
-            made[dense] = Step(kernel, backend, gqa=can.gqa, is_causal=dense.is_causal, scale=dense.scale)
+            made[dense] = step_for(dense)
         steps.append(made[dense])
-    return LoweredRunner(layout, steps, kernels)
+    return LoweredRunner(layout, steps, kernels, lender)
 
 
 class LoweredRunner(Runner):
@@ -57,14 +85,17 @@ class LoweredRunner(Runner):
 
     quick = None
 
-    def __init__(self, layout: Layout, steps: Sequence[Step], kernels: Iterable[Kernel] = ()) -> None:
+    def __init__(
+        self, layout: Layout, steps: Sequence[Step], kernels: Iterable[Kernel] = (), lender: Lender | None = None
+    ) -> None:
         self.layout, self._steps = layout, steps
+        self._memory = None if lender is None else Workspace((), lender)
         self.operators = tuple(dict.fromkeys(name for kernel in kernels for name in kernel.operators))
         self.libraries = tuple(dict.fromkeys(kernel.library for kernel in kernels if kernel.library))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:
         """`(out, lse)`."""
-        return run_forward(self.layout, self._steps, draw, query, key, value)
+        return run_forward(self.layout, self._steps, draw, query, key, value, self._memory)
 
     def backward(
         self,
@@ -78,24 +109,25 @@ class LoweredRunner(Runner):
         dlse: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`(dquery, dkey, dvalue)`."""
-        return run_backward(self.layout, self._steps, draw, dout, query, key, value, out, lse, dlse)
+        return run_backward(self.layout, self._steps, draw, dout, query, key, value, out, lse, dlse, self._memory)
 
 
 class DirectRunner(Runner):
     """Runs one kernel that takes the problem as it is."""
 
-    def __init__(self, problem: Problem, layout: Any, kernel: Kernel, backend: str) -> None:
+    def __init__(self, problem: Problem, layout: Any, kernel: Kernel, backend: str, lender: Lender) -> None:
         self.layout, self._problem, self._backend, self._checked = layout, problem, backend, False
+        self._lender = lender
         self._backward_checked = False
         self.quick: Forward | None = None
         self._kernel_forward, self._kernel_backward = kernel.forward, kernel.backward
         self.operators, self.libraries = kernel.operators, (kernel.library,) if kernel.library else ()
-        self._lowered: LoweredRunner | None = None
+        self._lowered: LoweredRunner | BlockRunner | None = None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:
         """`(out, lse)`."""
         if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
-            query, key, value = _unit(query), _unit(key), _unit(value)
+            query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
         result = self._kernel_forward(query, key, value)
         if not self._checked:
             check_result(self._backend, result, query)
@@ -115,49 +147,70 @@ class DirectRunner(Runner):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`(dquery, dkey, dvalue)`."""
         if self._kernel_backward is not None and dlse is None:
-            result = self._kernel_backward(*map(_unit, (dout, query, key, value, out)), lse)
+            result = self._kernel_backward(*map(unit_stride, (dout, query, key, value, out)), lse)
             if not self._backward_checked:
                 check_gradients(self._backend, result, (query, key, value))
                 self._backward_checked = True
             return result
         if self._lowered is None:  # the core's backward: for kernels without one, and for a gradient of the lse
-            layout = lower(self._problem)
-            self._lowered = LoweredRunner(layout, [_blockwise(call, self._problem.scale) for call in layout.calls])
+            self._lowered = _by_the_core(self._problem, self._lender)
         return self._lowered.backward(dout, query, key, value, out, lse, draw, dlse)
 
 
-def _blockwise(call: Call, scale: float) -> Step:
+def _by_the_core(problem: Problem, lender: Lender) -> LoweredRunner | BlockRunner:
+    """A runner with the core's own backward."""
+    layout = lower(problem)
+    if isinstance(layout, BlockLayout):
+        jobs = schedule(problem, layout)
+        parts = {key: _blockwise(False, problem.scale) for key in dense_parts(problem, jobs)}
+        return BlockRunner(layout, jobs, parts, problem.scale, lender=lender)
+    return LoweredRunner(layout, [_blockwise(call.is_causal, problem.scale) for call in layout.calls], lender=lender)
+
+
+def _blockwise(is_causal: bool, scale: float) -> Step:
     def forward(*_: Tensor) -> tuple[Tensor, Tensor]:
         raise AssertionError("only the backward is asked for")
 
-    return Step(Kernel(forward), "the core", gqa=True, is_causal=call.is_causal, scale=scale)
+    return Step(Kernel(forward), "the core", gqa=True, is_causal=is_causal, scale=scale)
 
 
-def _unit(tensor: Tensor) -> Tensor:
-    """Kernels may rely on a last dimension without gaps."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def _kernel(problem: Problem, layout: Any, backend: str, lender: Lender) -> Kernel:
+    kernel = _offered(problem, layout, backend, lender)
+    if kernel is None:
+        raise PluginError(
+            f"{backend}'s longspan_kernel returned None for {problem}; want a callable or a Kernel. "
+            "Next: return the function that computes (out, lse), or refuse the problem in longspan_unsupported"
+        )
+    return kernel
 
 
-def _layout(problem: Problem, backend: str) -> Any:
-    cache = registry.lane(backend, "longspan_cache")(device=problem.device)
-    key = (problem, backend, registry.generation)  # a backend may lay out a pattern in its own way
-    layout = cache.get(key)
-    if layout is None:
-        layout = registry.lane(backend, "longspan_pattern")(problem=problem)
-        cache.put(key, layout)
-    return layout
-
-
-def _kernel(problem: Problem, layout: Any, backend: str) -> Kernel:
-    specs = registry.lane(backend, "longspan_buffers")(problem=problem, layout=layout)
-    allocator = registry.lane(backend, "longspan_allocator")(device=problem.device)
-    make = registry.lane(backend, "longspan_kernel")
-    kernel = make(problem=problem, layout=layout, buffers=Workspace(specs, allocator))
-    if isinstance(kernel, Kernel):
+def _offered(problem: Problem, layout: Any, backend: str, lender: Lender) -> Kernel | None:
+    """The backend's kernel; None where it would rather have the pattern lowered."""
+    specs = tuple(registry.lane(backend, "longspan_buffers")(problem=problem, layout=layout))
+    workspace = Workspace(specs, lender)
+    kernel = registry.lane(backend, "longspan_kernel")(problem=problem, layout=layout, buffers=workspace)
+    if kernel is None:
+        return None
+    if not isinstance(kernel, Kernel):
+        if not callable(kernel):
+            raise PluginError(
+                f"{backend}'s longspan_kernel returned {type(kernel).__name__}; want a callable or a Kernel. "
+                "Next: return the function that computes (out, lse)"
+            )
+        kernel = Kernel(kernel)
+    if not specs:
         return kernel
-    if callable(kernel):
-        return Kernel(kernel)
-    raise PluginError(
-        f"{backend}'s longspan_kernel returned {type(kernel).__name__}; want a callable or a Kernel. "
-        "Next: return the function that computes (out, lse)"
-    )
+    forward = _owning(kernel.forward, workspace)
+    return evolve(kernel, forward=forward, backward=kernel.backward and _owning(kernel.backward, workspace))
+
+
+def _owning(run: Callable[..., Any], workspace: Workspace) -> Callable[..., Any]:
+    """A kernel with workspace might return some of it: what it returns is the caller's from then on."""
+
+    def running(*tensors: Tensor, **given: Any) -> Any:
+        results = run(*tensors, **given)
+        if isinstance(results, tuple | list):  # else it is refused later
+            workspace.disown(one for one in results if isinstance(one, Tensor))
+        return results
+
+    return running

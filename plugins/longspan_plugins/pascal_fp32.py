@@ -9,6 +9,7 @@ resolution, not of a class: no subclass can lose it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,13 +23,16 @@ TILE_BYTES = 8 * 2**20
 
 @hookimpl
 def longspan_capabilities() -> Capabilities:
-    """Dense attention on half-precision tensors."""
+    """Every pattern on half-precision tensors: as it is on a CPU, lowered elsewhere."""
     return Capabilities(
         devices=("cpu", "cuda==6.0", "cuda==6.1", "cuda==6.2"),
         dtypes=("float16", "bfloat16"),
-        patterns=("dense",),
+        patterns=("dense", "window", "dilated", "block_sparse"),
         causal=True,
         gqa=True,
+        documents=True,
+        window=True,
+        query_offset=True,
         backward=True,
         deterministic=True,
         tier=40,
@@ -39,13 +43,24 @@ def longspan_capabilities() -> Capabilities:
 def longspan_unsupported(problem: Problem) -> Iterable[Reason]:
     """CPUs compute bfloat16 products well enough as they are."""
     if problem.device.type == "cpu" and problem.dtype == "bfloat16":
-        yield Reason("dtype", "dtype", "bfloat16", "float16 on a CPU", "backend='sdpa'")
+        yield Reason("dtype", "dtype", "bfloat16", "float16 on a CPU", "backend='cpu_fused'")
 
 
 @hookimpl
-def longspan_kernel(problem: Problem) -> Kernel:
+def longspan_pattern(problem: Problem) -> Any:
+    """On a CPU what the native kernels of `cpu_fused` run; None leaves it to be lowered."""
+    return cpu_fused.longspan_pattern(problem) if problem.device.type == "cpu" else None
+
+
+@hookimpl
+def longspan_kernel(problem: Problem, layout: Any) -> Kernel | None:
     """Widened a tile at a time: by the native kernels of `cpu_fused` where they serve, else over sdpa's in float32."""
-    return cpu_fused.widening_kernel(problem) or tiled(problem)
+    if native := cpu_fused.program_kernel(problem, layout):
+        return native
+    shifted = problem.is_causal and (problem.query_offset or problem.q_len != problem.kv_len)
+    if problem.pattern.kind != "dense" or problem.documents is not None or shifted:
+        return None  # to be lowered
+    return tiled(problem)
 
 
 def tiled(problem: Problem) -> Kernel:

@@ -11,9 +11,9 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from sidebyside import interleave, report, summary
 
 import longspan as ls
+from longspan.bench.sidebyside import interleave, report, summary
 
 PATTERN = ls.Dilated((2048, 4096), (1, 2), heads="grouped")
 

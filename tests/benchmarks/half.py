@@ -8,9 +8,9 @@ Run: python tests/benchmarks/half.py
 from __future__ import annotations
 
 import torch
-from sidebyside import interleave, report, summary
 
 import longspan as ls
+from longspan.bench.sidebyside import interleave, report, summary
 from longspan.testing import oracle
 
 

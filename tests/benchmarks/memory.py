@@ -14,9 +14,9 @@ import sys
 import time
 
 import torch
-from sidebyside import report
 
 import longspan as ls
+from longspan.bench.sidebyside import report
 
 PATTERN = ls.Dilated((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12))
 TOKENS = (8192, 16384, 32768, 65536)

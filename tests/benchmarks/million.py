@@ -8,9 +8,9 @@ from __future__ import annotations
 import time
 
 import torch
-from sidebyside import report
 
 import longspan as ls
+from longspan.bench.sidebyside import report
 
 PATTERN = ls.Dilated((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12))
 

@@ -6,9 +6,9 @@ Run: python tests/benchmarks/overhead.py
 from __future__ import annotations
 
 import torch
-from sidebyside import interleave, report, summary
 
 import longspan as ls
+from longspan.bench.sidebyside import interleave, report, summary
 from longspan_plugins import sdpa
 
 

@@ -200,7 +200,7 @@ def test_explain_is_what_the_library_says(cli):
 
 def test_explain_says_how_much_work_a_pattern_is(cli):
     code, out, _ = cli("explain", "--shape", "1,1,8,4", "--pattern", "dilated:4/1")
-    assert code == 0 and "work: 1 dense calls, 32 query-key pairs per batch entry, 50.0% of dense attention's" in out
+    assert code == 0 and "work: 1 dense call, 32 query-key pairs per batch entry, 50.0% of dense attention's" in out
     assert cli("explain", "--shape", "1,8,0,64")[0] == 0
 
 

@@ -132,7 +132,8 @@ def test_large_and_far_scores(dtype):
 @NATIVE
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(
-    "pattern", [ls.Dense(), ls.SlidingWindow(40, 0), ls.Dilated((64, 128), (1, 2)), ls.local_blocks(50, 0, block_size=32)]
+    "pattern",
+    [ls.Dense(), ls.SlidingWindow(40, 0), ls.Dilated((64, 128), (1, 2)), ls.local_blocks(50, 0, block_size=32)],
 )
 def test_nothing_that_is_hidden_leaks(pattern, dtype):
     """Bit for bit: forward and gradients of the rows before an edit, whatever the edit."""
@@ -255,7 +256,8 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 1e-2), (torch.bf
         for n in (40, 600):
             q, k, v = (torch.randn(1, 2, n, 16).to(dtype).requires_grad_() for _ in range(3))
             wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-            out, want = ls.attention(q, k, v, pattern, is_causal=True, backend="cpu_fused"), oracle(*wide, pattern, is_causal=True)
+            out = ls.attention(q, k, v, pattern, is_causal=True, backend="cpu_fused")
+            want = oracle(*wide, pattern, is_causal=True)
             torch.testing.assert_close(out.double(), want, atol=tolerance, rtol=tolerance)
             out.sum().backward(), want.sum().backward()
             for a, b in zip((q, k, v), wide):
@@ -268,11 +270,17 @@ def start(tmp_path, **environ):
     kept = {key: value for key, value in os.environ.items() if key not in ("CC", "PATH")}
     given = {**kept, "PATH": "/nowhere", "LONGSPAN_CACHE": str(tmp_path), **environ}
     return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM], env=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-W", "ignore", "-c", PROGRAM],
+        env=given,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
-@pytest.mark.parametrize(("compiler", "said"), [(None, "no C compiler found"), ("/bin/false", "did not make a library")])
+@pytest.mark.parametrize(
+    ("compiler", "said"), [(None, "no C compiler found"), ("/bin/false", "did not make a library")]
+)
 def test_without_a_compiler_torch_operators_serve(tmp_path, compiler, said):
     process = start(tmp_path, **({"CC": compiler} if compiler else {}))
     out, err = process.communicate(timeout=120)

@@ -19,7 +19,9 @@ from longspan.doctor import gpus, machine, settings, unusable
 from longspan.doctor.settings import in_environment, readable
 from longspan.spec import BackendInfo, Candidate
 
-BUILTIN = {"block_sparse_batched", "flash", "flex", "pascal_fp32", "reference", "sdpa", "torch_sparse", "xformers"}
+BUILTIN = {
+    "block_sparse_batched", "cpu_fused", "flash", "flex", "pascal_fp32", "reference", "sdpa", "torch_sparse", "xformers",
+}  # fmt: skip
 CPU_ONLY = pytest.mark.skipif(torch.cuda.device_count() > 0, reason="what is of no use on a machine without a GPU")
 
 

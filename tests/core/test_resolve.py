@@ -65,7 +65,7 @@ def no_devices(monkeypatch):
 
 
 CHOSEN = {  # by auto, where it is not sdpa: what runs half precision best where
-    ("float16", "cpu"): "pascal_fp32", ("float16", "sm_61"): "pascal_fp32",
+    ("float32", "cpu"): "cpu_fused", ("float16", "cpu"): "pascal_fp32", ("float16", "sm_61"): "pascal_fp32",
     ("float16", "sm_80"): "flash", ("float16", "sm_90"): "flash",
 }  # fmt: skip
 
@@ -109,7 +109,7 @@ def test_explain_answers_without_the_device_and_says_so(monkeypatch, device):
     for name in ("init", "_lazy_init", "get_device_capability", "get_device_properties", "current_device"):
         monkeypatch.setattr(torch.cuda, name, touched)
     found = ls.explain(problem(), device=device)
-    assert found.chosen == "sdpa"
+    assert found.chosen == ("cpu_fused" if device == "cpu" else "sdpa")
     assert found.problem.device == Device.parse(device)
     if device == "cpu":
         assert found.notes == ()
@@ -387,7 +387,7 @@ def test_a_refusal_hook_at_fault_does_not_stop_the_others(answer):
     ls.register(Explosive(answer), name="test-explosive")
     try:
         found = ls.explain(problem())
-        assert found.chosen == "sdpa"
+        assert found.chosen == "cpu_fused"
         assert all(isinstance(reason, Reason) for reason in found["test-explosive"].reasons)
         assert not found["test-explosive"].ok
         found.to_json()

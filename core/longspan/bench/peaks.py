@@ -36,7 +36,8 @@ def bandwidth(device: torch.device, rounds: int = 7) -> float:
 
 def _products(a: Tensor, b: Tensor) -> Iterator[Callable[[], Any]]:
     yield lambda: a @ b
-    if a.device.type == "cpu" and torch.backends.mkldnn.is_available() and a.dtype in (torch.float32, torch.bfloat16):
+    available: Any = torch.backends.mkldnn.is_available
+    if a.device.type == "cpu" and available() and a.dtype in (torch.float32, torch.bfloat16):
         linear: Any = torch.ops.mkldnn._linear_pointwise
         yield lambda: linear(a, b, None, "none", [], "")
 

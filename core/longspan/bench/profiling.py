@@ -1,4 +1,4 @@
-"""`longspan bench --profile`: every backend that auto may take, timed on this machine, so that auto takes the fastest."""
+"""`longspan bench --profile`: every backend that auto may take, timed here, so that auto takes the fastest."""
 
 from __future__ import annotations
 

@@ -12,10 +12,12 @@ import typer
 from longspan import LongspanError, PluginWarning, __version__
 from longspan.cli import output
 from longspan.cli.backends import backends
+from longspan.cli.bench import bench
 from longspan.cli.demo import demo
 from longspan.cli.doctor import doctor
 from longspan.cli.explain import explain
 from longspan.cli.matrix import matrix
+from longspan.cli.plot import plot
 from longspan.cli.verify import verify
 
 __all__ = ["app", "main"]
@@ -31,6 +33,8 @@ app.command()(backends)
 app.command()(explain)
 app.command()(doctor)
 app.command()(matrix)
+app.command()(plot)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
 app.command()(verify)
 
 

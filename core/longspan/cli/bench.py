@@ -28,7 +28,9 @@ class _Parser(ArgumentParser):
 
 def bench(
     context: typer.Context,
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Which one; without it, they are listed.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Which one; without it, they are listed.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
     target: Annotated[Path | None, typer.Option("--output", help="Write the JSON to this file too.")] = None,
     options: Annotated[bool, typer.Option("--options", help="Print the bench's own options and exit.")] = False,

@@ -7,6 +7,7 @@ from typing import Any
 
 from attrs import frozen
 
+from longspan.block_builders import bigbird, local_blocks, random_blocks
 from longspan.patterns import Dense, Dilated, Pattern, SlidingWindow
 from longspan.spec import DTYPES, Capabilities, Device, Problem
 from longspan.testing.claims import Claim, claim_of, contract, unclaimed
@@ -22,6 +23,7 @@ PATTERNS: Mapping[str, Pattern] = {
     "dense": Dense(),
     "dilated": Dilated((8, 20), (1, 3)),
     "window": SlidingWindow(5, 2),
+    "block_sparse": local_blocks(5, 2, block_size=8) | random_blocks(0.3, block_size=8, seed=1),
 }
 """One pattern of each kind that the oracle knows."""
 
@@ -32,6 +34,8 @@ MORE_PATTERNS: Mapping[str, Pattern] = {
     "dilated-twice": Dilated((7, 7), (1, 1)),
     "window-left": SlidingWindow(3, 0),
     "window-wide": SlidingWindow(40, 40),
+    "block_sparse-bigbird": bigbird(block_size=4),
+    "block_sparse-empty-rows": random_blocks(0.2, block_size=4, seed=2) & ~local_blocks(9, 9, block_size=4),
 }
 
 _JOINT_FIX = "compute the weights from the lse that is given, exp(score - lse), not from the keys at hand"
@@ -174,13 +178,13 @@ def _arguments() -> Iterator[_Draft]:
     packed = {"documents": (0, 6, 7, 7, 28)}  # an empty one, one of one token, and a tail that belongs to none
     yield _Draft("documents", "documents", packed, quick=True)
     yield _Draft("documents-causal", "documents", {**packed, **causal}, quick=True)
-    for kind in ("window", "dilated"):
+    for kind in ("window", "dilated", "block_sparse"):
         yield _Draft(f"documents-{kind}", "documents", {**packed, "pattern": PATTERNS[kind]}, FORWARD, where=True)
     for q_len, kv_len, offset in ((1, 20, 19), (6, 20, 14), (6, 20, 3), (20, 6, 0)):
         shape = {"q_len": q_len, "kv_len": kv_len, "query_offset": offset}
         quick = offset == 14
         yield _Draft(f"offset={offset}-causal", "query_offset", {**shape, **causal}, quick=quick, where=True)
-        for kind in ("window", "dilated"):
+        for kind in ("window", "dilated", "block_sparse"):
             changes = {**shape, "pattern": PATTERNS[kind]}
             yield _Draft(f"offset={offset}-{kind}", "query_offset", changes, FORWARD, where=True)
     dropout = {"dropout_p": 0.25}
@@ -189,6 +193,7 @@ def _arguments() -> Iterator[_Draft]:
     yield _Draft("dropout-gqa", "dropout", {**dropout, "kv_heads": 2})
     yield _Draft("dropout-window", "dropout", {**dropout, "pattern": PATTERNS["window"]})
     yield _Draft("dropout-dilated", "dropout", {**dropout, "pattern": PATTERNS["dilated"], **causal})
+    yield _Draft("dropout-block_sparse", "dropout", {**dropout, "pattern": PATTERNS["block_sparse"], **causal})
     yield _Draft("dropout-documents", "dropout", {**dropout, **packed})
 
 
@@ -231,6 +236,7 @@ def _contract(base: Problem) -> Iterator[_Draft]:
     yield _Draft("causal-gqa", "causal", {**causal, "kv_heads": 2}, ("leak",))
     yield _Draft("dilated-causal", "patterns", {**causal, "pattern": PATTERNS["dilated"]}, ("leak",))
     yield _Draft("window", "patterns", {"pattern": PATTERNS["window"]}, ("leak",))
+    yield _Draft("block_sparse-causal", "patterns", {**causal, "pattern": PATTERNS["block_sparse"]}, ("leak",))
     yield _Draft("documents", "documents", {"documents": (0, 6, 28)}, ("leak",))
     steady = {"q_len": 129, "deterministic": True}
     yield _Draft("plain", "deterministic", steady, ("repeat",), quick=True)

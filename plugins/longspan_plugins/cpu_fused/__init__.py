@@ -44,22 +44,17 @@ def longspan_pattern(problem: Problem) -> Any:
 @hookimpl
 def longspan_kernel(problem: Problem, layout: Any) -> Kernel | None:
     """Native kernels over the layout's program; composed tiles for dense problems where there are none."""
-    from longspan_plugins.cpu_fused import composed, native
+    from longspan_plugins.cpu_fused import composed
+
+    return program_kernel(problem, layout) or composed.kernel(problem)
+
+
+def program_kernel(problem: Problem, layout: Any) -> Kernel | None:
+    """The native kernel of a problem that is dense or whose layout is a program; None for any other."""
+    from longspan_plugins.cpu_fused import native
     from longspan_plugins.cpu_fused.library import load
     from longspan_plugins.cpu_fused.program import Program
 
-    if isinstance(layout, Program):
-        return native.kernel(problem, layout, load())
-    return composed.kernel(problem)
-
-
-def widening_kernel(problem: Problem) -> Kernel | None:
-    """The native kernel of a dense problem on a CPU; None elsewhere, and where there is none."""
-    if problem.device.type != "cpu":
-        return None
-    from longspan_plugins.cpu_fused import native
-    from longspan_plugins.cpu_fused.library import load
-    from longspan_plugins.cpu_fused.program import program_for
-
-    program = program_for(problem, load()) if load().handle else None
-    return native.kernel(problem, program, load()) if program else None
+    if problem.pattern.kind == "dense" and problem.device.type == "cpu" and not isinstance(layout, Program):
+        layout = longspan_pattern(problem)  # lowered from another pattern, with the core's layout
+    return native.kernel(problem, layout, load()) if isinstance(layout, Program) else None

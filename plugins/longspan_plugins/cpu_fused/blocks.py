@@ -1,23 +1,22 @@
-"""Block-sparse patterns as programs: a tile for each block row, a segment for each run of full blocks or masked block."""
+"""Block-sparse patterns as programs: a tile a block row, a segment for each run of full blocks or masked block."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from longspan import BlockCSR, Problem
+from longspan import BlockCSR, BlockSparse, Problem
 from longspan_plugins.cpu_fused.program import FAR, TILE, Part, Program, Span, assemble, columns, spans
 
 __all__ = ["block_program", "packed"]
 
 
 def block_program(problem: Problem) -> Program:
-    """The program of a problem whose pattern has `csr`."""
-    documents = spans(problem)
+    """The program of a block-sparse problem."""
+    pattern, documents = problem.pattern, spans(problem)
+    assert isinstance(pattern, BlockSparse)  # the caller looked
     found = [
-        problem.pattern.csr(
-            span.queries, span.keys, is_causal=problem.is_causal, query_offset=span.first, heads=problem.heads
-        )
+        pattern.csr(span.queries, span.keys, is_causal=problem.is_causal, query_offset=span.first, heads=problem.heads)
         for span in documents
     ]
     kinds: dict[tuple[int, ...], int] = {}
@@ -87,5 +86,5 @@ def packed(masks: list[Tensor]) -> Tensor | None:
         found[at : at + len(one), : one.shape[2], : one.shape[1]] = one.mT
         at += len(one)
     weights = torch.ones(32, dtype=torch.int64) << torch.arange(32)
-    bits = (found.unflatten(-1, (words, 32)) * weights).sum(-1)
+    bits = (found.view(*found.shape[:2], words, 32) * weights).sum(-1)
     return torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32)

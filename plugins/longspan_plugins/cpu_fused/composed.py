@@ -37,7 +37,8 @@ def kernel(problem: Problem) -> Kernel | None:
 
 
 def _has_products() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    available: Any = torch.backends.mkldnn.is_available
+    return available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class _Tiles:

@@ -166,4 +166,4 @@ _UNTRACED = _Untraced()
 
 def _traced() -> Any:
     """A name for the profiler, where one is looking on: it sees no operator of torch's here."""
-    return profiler.record_function(OPERATOR) if profiler._is_profiler_enabled else _UNTRACED  # noqa: SLF001
+    return profiler.record_function(OPERATOR) if profiler._is_profiler_enabled else _UNTRACED

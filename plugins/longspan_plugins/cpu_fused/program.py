@@ -21,6 +21,8 @@ from longspan_plugins.cpu_fused.library import Library
 __all__ = ["FAR", "TILE", "Program", "program_for"]
 
 TILE = 128
+FEW = 8
+"""Queries that leave most lanes of a vector empty: torch's operators serve fewer."""
 FAR = 2**60
 """A reach beyond every position."""
 
@@ -66,8 +68,10 @@ def spans(problem: Problem) -> list[Span]:
 
 
 def program_for(problem: Problem, library: Library) -> Program | None:
-    """The problem's program; None where tiles would be too small to pay."""
+    """The problem's program; None where tiles would be too small to pay: few queries, or few rows between cuts."""
     pattern = problem.pattern
+    if max((span.queries for span in spans(problem)), default=0) < FEW:
+        return None
     if isinstance(pattern, BlockSparse):
         from longspan_plugins.cpu_fused.blocks import block_program
 
@@ -149,11 +153,17 @@ def _dilated(problem: Problem, pattern: Dilated, library: Library) -> Program | 
     of_head = torch.tensor([kinds.setdefault(one, len(kinds)) for one in _branches_of_heads(pattern, problem.heads)])
     rates = {r for branches in kinds for _, r, _ in branches}
     shortest = min(*pattern.segment_lengths, problem.kv_len)
-    if max(pattern.dilation_rates) > shortest or shortest // lcm(*rates) < TILE // 4 or len(pattern.segment_lengths) > 32:
+    if (
+        max(pattern.dilation_rates) > shortest
+        or shortest // lcm(*rates) < TILE // 4
+        or len(pattern.segment_lengths) > 32
+    ):
         return None
     documents = torch.tensor([[s.query_start, s.key_start, s.first, s.queries, s.keys] for s in spans(problem)])
     listings = [library.dilated(branches, documents, problem.is_causal) for branches in kinds]
-    tiles, segments = (torch.empty(sum(one[i] for one in listings), width, dtype=torch.int64) for i, width in ((0, 6), (1, 9)))
+    tiles, segments = (
+        torch.empty(sum(one[i] for one in listings), width, dtype=torch.int64) for i, width in ((0, 6), (1, 9))
+    )
     ranges, covered, first, base = [], True, 0, 0
     for branches, (many, more, rows) in zip(kinds, listings, strict=True):
         library.dilated(branches, documents, problem.is_causal, tiles[first:], segments, base)

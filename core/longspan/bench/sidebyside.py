@@ -1,16 +1,20 @@
-"""Timing of alternatives side by side: interleaved rounds, medians and spread, raw rounds kept."""
+"""Timing of alternatives side by side: interleaved rounds, medians and spread, and what they were measured on."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
+import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+__all__ = ["faults", "interleave", "machine", "ratio", "report", "resident", "summary"]
 
 
 def interleave(
@@ -33,14 +37,26 @@ def interleave(
     return seconds
 
 
-def summary(seconds: list[float]) -> dict[str, float]:
-    """Median and quartiles, in microseconds."""
-    low, mid, high = statistics.quantiles(seconds, n=4)
+def summary(seconds: Sequence[float]) -> dict[str, float]:
+    """Median, quartiles and least, in microseconds."""
+    low, mid, high = _quartiles(seconds)
     return {"median_us": 1e6 * mid, "q1_us": 1e6 * low, "q3_us": 1e6 * high, "min_us": 1e6 * min(seconds)}
 
 
+def ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
+    """How one side compares to another: the median of the rounds' ratios with its quartiles, and of the least times."""
+    rounds = [a / b for a, b in zip(over, under, strict=True)]
+    low, mid, high = _quartiles(rounds)
+    return {"median": mid, "q1": low, "q3": high, "of_least": min(over) / min(under)}
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    low, mid, high = statistics.quantiles(values, n=4) if len(values) > 1 else [*values] * 3
+    return low, mid, high
+
+
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """What the figures were measured on, and how busy it was."""
     model = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -48,13 +64,26 @@ def machine() -> dict[str, Any]:
         model = f"{names[0]} x {len(names)}" if names else model
     return {
         "cpu": model,
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "system": f"{platform.system()} {platform.machine()}",
     }
 
 
-def report(name: str, result: dict[str, Any]) -> None:
+def report(name: str, result: Mapping[str, Any]) -> None:
     """Print the result and the machine as JSON."""
     print(json.dumps({"benchmark": name, "machine": machine(), **result}, indent=1))
+
+
+def faults() -> int:
+    """Page faults of this process so far that needed no disk."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def resident() -> int:
+    """Bytes of memory that this process has now (Linux)."""
+    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    return int(pages) * resource.getpagesize()

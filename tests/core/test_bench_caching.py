@@ -1,0 +1,74 @@
+"""`longspan bench`: what it lists, refuses and prints; the benches of cache and arena measure what they say."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from longspan import cli
+from longspan.bench import catalog
+from longspan.bench.sidebyside import faults, interleave, machine, ratio, resident, summary
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", *arguments])
+    captured = capsys.readouterr()
+    return ended.value.code, captured.out, captured.err
+
+
+def test_the_benches_are_listed(capsys):
+    code, out, _ = run(capsys)
+    assert code == 0
+    assert all(one.NAME in out for one in catalog.benches())
+    assert {"cache", "buffers", "stress"} <= {one.NAME for one in catalog.benches()}
+
+
+def test_an_unknown_bench_gets_the_nearest(capsys):
+    code, _, err = run(capsys, "cahce")
+    assert code == 2 and "longspan bench cache" in err
+
+
+def test_an_option_that_a_bench_does_not_have(capsys):
+    code, _, err = run(capsys, "cache", "--no-such-option")
+    assert code == 2 and "--no-such-option" in err
+    code, out, _ = run(capsys, "cache", "--options")
+    assert code == 0 and "--rounds" in out
+
+
+def test_json_and_a_file_are_the_same(capsys, tmp_path):
+    path = tmp_path / "found.json"
+    code, out, _ = run(capsys, "cache", "--rounds", "2", "--longest", "128", "--json", "--output", str(path))
+    found = json.loads(out)
+    assert code == 0 and found == json.loads(path.read_text())
+    assert found["benchmark"] == "cache" and found["machine"]["torch"]
+    assert found["model"]["misses"] == 1 and found["model"]["hit_rate"] >= 0.99
+    assert found["model"]["plans_made_by_attention"] == 1
+    assert set(found["plans_on_over_off"]) == {f"{name} N=128" for name in ("dense", "longnet", "window")}
+
+
+def test_a_file_that_cannot_be_written(capsys, tmp_path):
+    code, _, err = run(capsys, "stress", "--seconds", "0.1", "--threads", "2", "--output", str(tmp_path))
+    assert code == 2 and "--output" in err
+
+
+def test_buffers(capsys):
+    code, out, _ = run(capsys, "buffers", "--rounds", "1", "--tokens", "1024", "--steps", "10", "--json", "--backward")
+    found = json.loads(out)
+    assert code == 0 and found["steps"]["held_after_the_plans_are_dropped"] == 0
+    assert found["calls"]["window bfloat16 training"]["faults"].keys() == {"on", "off"}
+
+
+def test_the_helpers():
+    seen = []
+    found = interleave({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, rounds=3, calls=2, warm=1)
+    assert "".join(seen) == "ab" + "aabb" + "bbaa" + "aabb"
+    assert {len(one) for one in found.values()} == {3}
+    assert summary([1e-6, 2e-6, 3e-6])["median_us"] == pytest.approx(2.0)
+    assert summary([2e-6])["median_us"] == pytest.approx(2.0)
+    assert ratio([2.0, 4.0, 8.0], [1.0, 2.0, 2.0])["median"] == 2.0
+    assert machine()["cores"] and resident() > 2**20
+    before = faults()
+    bytearray(2**26)[:: 2**12] = b"x" * 2**14
+    assert faults() > before

@@ -1,0 +1,570 @@
+"""The store of layouts: what it keeps, whom it gives what, and what it says about itself."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import signal
+import sys
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import attrs
+import pytest
+import torch
+from fake_device import FakeMover
+
+import longspan as ls
+from longspan import cache_file
+from longspan.cache import PatternCache
+from longspan.cache_entry import LayoutKey
+from longspan.defaults import pattern_cache
+from longspan.layout import Layout
+from longspan.lowering import lower
+from longspan.parcel import Parcel
+from longspan.testing import oracle
+
+PATTERN = ls.Dilated((5, 12), (1, 2))
+
+
+def problem(n=12, pattern=PATTERN):
+    return ls.Problem(batch=1, heads=2, q_len=n, head_dim=4, pattern=pattern)
+
+
+def key(n=12, pattern=PATTERN, origin="longspan 1"):
+    return LayoutKey(problem(n, pattern), "sdpa", origin, 1)
+
+
+@attrs.frozen
+class Blocks:
+    """As a backend's layout with tensors may look."""
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    size: int
+    nested: tuple = ()
+
+    @property
+    def nbytes(self):
+        return self.rows.nbytes + self.columns.nbytes
+
+
+def blocks(count=100, fill=1):
+    return Blocks(torch.full((count,), fill, dtype=torch.int64), torch.full((count,), fill, dtype=torch.int32), 7)
+
+
+def tiered(device_limit=2000, limit=2**20):
+    mover = FakeMover()
+    return PatternCache(limit, device_limit, mover_of=lambda _: mover), mover
+
+
+# --- keeping --------------------------------------------------------------------------------------------------------
+
+
+def test_a_layout_of_numbers_is_found_as_it_is():
+    store, layout = PatternCache(), lower(problem())
+    assert store.get(key()) is None
+    store.put(key(), layout)
+    assert store.get(key()) is layout
+    assert key() in store and len(store) == 1 and store.keys() == (key(),)
+
+
+def test_the_least_recently_used_goes_first():
+    one = Parcel(lower(problem())).weight
+    store = PatternCache(limit=3 * one)
+    for n in "abc":
+        store.put(n, lower(problem()))
+    assert store.get("a") is not None
+    store.put("d", lower(problem()))
+    assert [n in store for n in "abcd"] == [True, False, True, True]
+    assert store.stats.evictions == 1
+    assert store.stats.host_bytes == 3 * one
+
+
+def test_what_is_larger_than_the_limit_is_not_kept():
+    store = PatternCache(limit=10)
+    store.put("a", lower(problem()))
+    assert store.get("a") is None and store.stats.host_bytes == 0
+
+
+def test_bytes_are_what_a_layout_says():
+    store = PatternCache()
+    store.put("a", blocks(1000))
+    assert 12_000 <= store.stats.host_bytes <= 12_300
+    store.put("a", blocks(10))
+    assert store.stats.host_bytes <= 400
+    store.clear()
+    assert store.stats.host_bytes == 0 and len(store) == 0
+
+
+def test_a_put_under_the_same_key_for_ever_takes_no_more_memory():
+    store = PatternCache()
+    for _ in range(1000):
+        store.put("a", blocks())
+    assert len(store._queue) < 200
+
+
+def test_pins_outlive_pressure():
+    one = Parcel(lower(problem())).weight
+    store = PatternCache(limit=2 * one)
+    store.put(key(), lower(problem()))
+    store.pin(key())
+    store.pin(problem())  # all keys of a problem
+    for n in range(20):
+        store.put(n, lower(problem()))
+    assert key() in store and store.stats.pinned == 1
+    store.unpin(key())
+    store.put("x", lower(problem()))
+    assert key() in store
+    store.put(key(), lower(problem()))  # kept anew: still pinned
+    store.unpin(problem())
+    for n in range(20):
+        store.put(n, lower(problem()))
+    assert key() not in store
+
+
+@pytest.mark.parametrize("name", ["pin", "unpin"])
+def test_a_pin_is_never_ignored(name):
+    store = PatternCache()
+    with pytest.raises(ls.ArgumentError, match="key"):
+        getattr(store, name)(problem())
+    store.put(key(), lower(problem()))
+    with pytest.raises(ls.ArgumentError, match="pinned"):
+        store.unpin(key())
+
+
+def test_more_pins_than_room():
+    one = Parcel(lower(problem())).weight
+    store = PatternCache(limit=2 * one)
+    for n in range(4):
+        store.limit = 10 * one
+        store.put(n, lower(problem()))
+        store.pin(n)
+    store.limit = 2 * one
+    store.put("new", lower(problem()))
+    assert "new" not in store and all(n in store for n in range(4))
+    for n in range(4):
+        store.unpin(n)
+    assert store.stats.host_bytes <= 2 * one
+
+
+# --- nobody changes another's ---------------------------------------------------------------------------------------
+
+
+def test_whoever_puts_or_gets_tensors_has_tensors_of_their_own():
+    store, layout = PatternCache(), blocks()
+    store.put("a", layout)
+    layout.rows.zero_()
+    first = store.get("a")
+    assert torch.equal(first.rows, torch.ones(100, dtype=torch.int64)) and first.size == 7
+    assert first.rows.dtype == torch.int64 and first.columns.dtype == torch.int32
+    first.rows.zero_()
+    first.columns.add_(5)
+    assert torch.equal(store.get("a").rows, torch.ones(100, dtype=torch.int64))
+    assert torch.equal(store.get("a").columns, torch.ones(100, dtype=torch.int32))
+
+
+def test_lists_and_dictionaries_too():
+    store = PatternCache()
+    store.put("a", {"x": [1, 2], "y": (3, [4])})
+    found = store.get("a")
+    found["x"].append(9)
+    found["y"][1].clear()
+    assert store.get("a") == {"x": [1, 2], "y": (3, [4])}
+
+
+def test_what_two_places_share_is_shared_in_the_copy():
+    store, shared = PatternCache(), blocks()
+    store.put("a", (shared, shared, Blocks(shared.rows, shared.columns, 1, (shared,))))
+    found = store.get("a")
+    assert found[0] is found[1] and found[2].rows is found[0].rows and found[2].nested[0] is found[0]
+
+
+def test_what_an_object_computed_and_kept_is_not_handed_on():
+    @attrs.define(slots=False, frozen=True)
+    class Lazy:
+        rows: torch.Tensor
+
+    layout = Lazy(torch.ones(3))
+    layout.__dict__["doubled"] = layout.rows * 2
+    layout.__dict__["hash"] = 77
+    store = PatternCache()
+    store.put("a", layout)
+    assert "doubled" not in store.get("a").__dict__ and store.get("a").__dict__["hash"] == 77
+
+
+def test_tensors_of_many_kinds():
+    values = [
+        torch.tensor(3.5),
+        torch.empty(0, 4),
+        torch.ones(2, 3, dtype=torch.bool),
+        torch.arange(6).view(2, 3).t(),
+        torch.ones(3, dtype=torch.complex64),
+        torch.eye(3).to_sparse_csr(),
+        torch.ones(3, dtype=torch.bfloat16),
+    ]
+    store = PatternCache()
+    store.put("a", tuple(values))
+    for found, value in zip(store.get("a"), values, strict=True):
+        assert found.dtype == value.dtype and found.layout == value.layout and found.shape == value.shape
+        assert torch.equal(found.to_dense(), value.to_dense())
+
+
+def test_tensors_of_a_plan_made_in_inference_mode_serve_outside_of_it():
+    store = PatternCache()
+    with torch.inference_mode():
+        store.put("a", blocks())
+        inside = store.get("a")
+    assert not inside.rows.is_inference() and not store.get("a").rows.is_inference()
+    store.get("a").rows.add_(1)
+
+
+# --- tiers ----------------------------------------------------------------------------------------------------------
+
+
+def test_cold_entries_leave_the_device_and_come_back_right():
+    store, mover = tiered()
+    for n in range(5):
+        store.put(n, blocks(fill=n))
+    stats = store.stats
+    assert stats.demotions == 4 and stats.device_bytes <= 2000 and stats.entries == 5
+    for n in range(5):
+        found = store.get(n)
+        assert torch.equal(found.rows, torch.full((100,), n)) and found.columns.unique().tolist() == [n]
+    assert store.stats.promotions >= 4 and store.stats.device_bytes <= 2000
+    assert mover.used, "the stream that reads must be told to the allocator"
+    assert store.stats.transfer_seconds > 0
+
+
+def test_a_batch_is_one_transfer():
+    store, mover = tiered()
+    for n in range(5):
+        store.put(n, blocks(fill=n))
+    store.device_limit = 10**6
+    before = store.stats.transfers
+    found = store.get_batch([0, 1, 2, 3, 4, "none"])
+    assert [int(one.rows[0]) for one in found[:5]] == [0, 1, 2, 3, 4] and found[5] is None
+    assert mover.batches == [4] and store.stats.transfers == before + 1
+
+
+def test_a_prefetch_does_not_wait_and_a_get_does():
+    store, mover = tiered()
+    for n in range(3):
+        store.put(n, blocks(fill=n))
+    store.device_limit = 10**6
+    assert store.prefetch([0, 1, 2, "none"]) == 2
+    assert mover.done == 0, "nobody waited yet"
+    assert torch.equal(store.get(0).rows, torch.zeros(100, dtype=torch.int64))
+    assert mover.done > 0 and mover.batches == [2]
+    assert store.prefetch([0, 1, 2]) == 0
+
+
+def test_a_prefetch_of_a_problem():
+    store, _ = tiered()
+    store.put(key(), blocks(fill=3))
+    store.put("other", blocks())
+    assert store.prefetch([problem()]) == 1
+    assert int(store.get(key()).rows[0]) == 3
+
+
+def test_pinned_entries_stay_on_the_device():
+    store, _ = tiered()
+    store.put("pinned", blocks())
+    store.pin("pinned")
+    for n in range(5):
+        store.put(n, blocks(fill=n))
+    promotions = store.stats.promotions
+    store.get("pinned")
+    assert store.stats.promotions == promotions
+
+
+def test_the_host_is_bounded_too():
+    store, _ = tiered(limit=5000)
+    for n in range(20):
+        store.put(n, blocks(fill=n))
+        assert store.stats.host_bytes <= 5000 and store.stats.device_bytes <= 2000
+    assert store.stats.evictions > 0
+
+
+# --- counts ---------------------------------------------------------------------------------------------------------
+
+
+def test_counts_by_pattern():
+    store = PatternCache()
+    window = ls.SlidingWindow(3, 0)
+    store.get(key())
+    store.put(key(), lower(problem()))
+    store.put(key(pattern=window), lower(problem(pattern=window)))
+    for _ in range(3):
+        store.get(key())
+    store.get(key(pattern=window))
+    stats = store.stats
+    assert (stats.hits, stats.misses, stats.hit_rate) == (4, 1, 0.8)
+    assert (stats.patterns[PATTERN.spec].hits, stats.patterns[PATTERN.spec].misses) == (3, 1)
+    assert stats.patterns[window.spec].hits == 1 and stats.patterns[window.spec].bytes > 0
+    store.clear()
+    assert store.stats.hits == 4 and store.stats.patterns[PATTERN.spec].bytes == 0
+
+
+def test_twelve_layers_and_a_hundred_steps_share_one_layout():
+    store, x = PatternCache(), torch.randn(1, 2, 12, 4)
+    asked = problem()
+    for _ in range(100):
+        for _ in range(12):
+            plan = ls.plan(asked, backend="sdpa", pattern_cache=store)
+    assert torch.equal(plan(x, x, x)[0], ls.attention(x, x, x, PATTERN, backend="sdpa"))
+    assert store.stats.misses == 1 and store.stats.hit_rate >= 0.99
+
+
+def test_a_private_cache_is_nobody_elses():
+    mine = PatternCache()
+    asked = problem(n=77)
+    before = pattern_cache("cpu").stats.entries
+    plan = ls.plan(asked, backend="sdpa", pattern_cache=mine)
+    assert len(mine) == 1 and pattern_cache("cpu").stats.entries == before
+    assert plan.layout is mine.get(mine.keys()[0])
+    ls.plan(asked, backend="sdpa")
+    assert len(mine) == 1 and pattern_cache("cpu").stats.entries == before + 1
+
+
+def test_an_error_of_a_private_cache_is_the_callers():
+    class Bad:
+        def get(self, key):
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        ls.plan(problem(), backend="sdpa", pattern_cache=Bad())
+
+
+# --- on disk --------------------------------------------------------------------------------------------------------
+
+
+def test_without_safetensors_the_error_names_it(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    for action in (PatternCache().save, PatternCache().load):
+        with pytest.raises(ls.LongspanError, match=r"pip install 'longspan\[cache\]'"):
+            action(tmp_path / "x")
+
+
+def test_saved_and_loaded(tmp_path):
+    pytest.importorskip("safetensors")
+    store, path = PatternCache(), tmp_path / "layouts.safetensors"
+    plan = ls.plan(problem(), backend="sdpa", pattern_cache=store)
+    ls.plan(problem(pattern=ls.SlidingWindow(3, 1)), backend="sdpa", pattern_cache=store)
+    store.put(key(n=9, origin=""), lower(problem(n=9)))  # made by a plugin of this process
+    store.put(key(n=10), object())  # not the core's
+    store.put("no layout key", lower(problem()))
+    assert store.save(path) == 2
+    fresh = PatternCache()
+    assert fresh.load(path) == 2
+    again = ls.plan(problem(), backend="sdpa", pattern_cache=fresh)
+    assert again.layout == plan.layout and isinstance(again.layout, Layout)
+    assert (fresh.stats.hits, fresh.stats.misses) == (1, 0)
+    assert fresh.get(key(n=9, origin="")) is None
+
+
+def test_what_a_plugin_of_this_process_made_is_not_saved(tmp_path):
+    pytest.importorskip("safetensors")
+
+    class Extension:
+        @ls.hookimpl
+        def longspan_pattern(self, problem):
+            return lower(problem)
+
+    store = PatternCache()
+    ls.register(Extension(), name="test-pattern")
+    try:
+        ls.plan(problem(), backend="sdpa", pattern_cache=store)
+    finally:
+        ls.unregister("test-pattern")
+    assert len(store) == 1 and store.save(tmp_path / "x") == 0
+
+
+def test_another_release_starts_anew(tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    store = PatternCache()
+    ls.plan(problem(), backend="sdpa", pattern_cache=store)
+    assert store.save(tmp_path / "x") == 1
+    monkeypatch.setattr(cache_file, "_release", lambda: {"format": "1", "longspan": "another"})
+    assert PatternCache().load(tmp_path / "x") == 0
+
+
+def test_files_that_are_none_of_ours(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    (tmp_path / "text").write_text("hello")
+    safetensors.save_file({"a": torch.ones(3)}, tmp_path / "other")
+    release = cache_file._release()
+    row = '[["sdpa", "longspan 1", {"class": "os:system", "fields": {"command": "true"}}, null]]'
+    safetensors.save_file({"a": torch.ones(3)}, tmp_path / "evil", metadata={**release, "layouts": row})
+    for name in ("missing", "text", "other", "evil"):
+        with pytest.raises(ls.ArgumentError, match="path"):
+            PatternCache().load(tmp_path / name)
+
+
+def test_tensors_survive_the_disk(tmp_path):
+    pytest.importorskip("safetensors")
+    made = {}
+    encoded = cache_file._encoded((torch.arange(4), torch.ones(2, dtype=torch.bool), 1.5, None, (1, "a")), made, 0)
+    found = cache_file._decoded(encoded, made)
+    assert (
+        torch.equal(found[0], torch.arange(4)) and found[1].dtype == torch.bool and found[2:] == (1.5, None, (1, "a"))
+    )
+
+
+# --- threads, forks, copies -----------------------------------------------------------------------------------------
+
+
+def test_many_threads():
+    store, mover = tiered(device_limit=3000, limit=40_000)
+    go = threading.Barrier(8)
+    lock = threading.Lock()
+    run_until = mover.run_until
+
+    def locked(number):  # a real stream orders this by itself
+        with lock:
+            run_until(number)
+
+    mover.run_until = locked
+
+    def work(seed):
+        go.wait(30)
+        for turn in range(300):
+            n = (seed * 7 + turn * 5) % 11
+            found = store.get(n)
+            assert found is None or (int(found.rows[0]) == n and int(found.columns[-1]) == n)
+            if found is None:
+                store.put(n, blocks(fill=n))
+            if turn % 13 == 0:
+                store.prefetch(range(11))
+            if turn % 17 == 0 and n in store:
+                try:
+                    store.pin(n)
+                    store.unpin(n)
+                except ls.ArgumentError:  # another thread's put came first
+                    pass
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    stats = store.stats
+    assert stats.host_bytes == sum(one.host_bytes for one in store._entries.values())
+    assert stats.device_bytes == sum(one.device_bytes for one in store._entries.values())
+    assert stats.hits + stats.misses <= 8 * 300
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_of_a_fork_goes_on_though_the_lock_was_taken():
+    store = PatternCache()
+    store.put("a", blocks())
+    held, done = threading.Event(), threading.Event()
+
+    def hold():
+        with store._lock:
+            held.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(60)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # a fork with threads is the point
+        child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        store.put("b", lower(problem()))
+        right = store.get("a") is not None and store.get("b") is not None and store.stats.entries == 2
+        os._exit(0 if right else 1)
+    status = os.waitpid(child, 0)[1]
+    done.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_is_empty_and_as_large(how):
+    store = PatternCache(1000, 2000)
+    store.put("a", 1)
+    other = how(store)
+    assert (other.limit, other.device_limit, len(other)) == (1000, 2000, 0)
+
+
+# --- by hook --------------------------------------------------------------------------------------------------------
+
+
+class Recording:
+    def __init__(self, fault=""):
+        self.kept, self.fault = {}, fault
+
+    def get(self, key):
+        if self.fault == "get":
+            raise RuntimeError("cache on fire")
+        return self.kept.get(key)
+
+    def put(self, key, layout):
+        if self.fault == "put":
+            raise RuntimeError("cache on fire")
+        self.kept[key] = layout
+
+
+class Extension:
+    def __init__(self, store):
+        self.store = store
+
+    @ls.hookimpl
+    def longspan_cache(self, device):
+        if self.store == "raises":
+            raise RuntimeError("cache on fire")
+        return self.store
+
+
+@pytest.fixture
+def extend():
+    def add(store):
+        ls.register(Extension(store), name="test-cache")
+
+    yield add
+    ls.unregister("test-cache")
+
+
+def compute(n):
+    x = [torch.randn(1, 2, n, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    out = ls.attention(*x, PATTERN, is_causal=True, backend="sdpa")
+    torch.testing.assert_close(out, oracle(*x, PATTERN, is_causal=True), atol=1e-12, rtol=0)
+
+
+def test_a_plugins_cache_is_asked(extend):
+    store = Recording()
+    extend(store)
+    compute(31)
+    assert [one.problem.q_len for one in store.kept] == [31]
+    assert not any(row.name == "test-cache" for row in ls.backends())
+
+
+@pytest.mark.parametrize("fault", ["get", "put", "raises", None])
+def test_a_plugins_cache_that_fails_is_noted_and_does_no_harm(extend, fault):
+    extend({"raises": "raises", None: object()}.get(fault, Recording(fault)))
+    with pytest.warns(ls.PluginWarning, match="longspan_cache"):
+        compute(32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        compute(33)
+    row = next(row for row in ls.backends() if row.name == "test-cache")
+    assert row.state == "broken" and "longspan_cache" in row.error
+    assert ("cache on fire" in row.error) == (fault is not None)
+
+
+def test_the_row_goes_with_the_plugin():
+    ls.register(Extension("raises"), name="test-gone")
+    with pytest.warns(ls.PluginWarning):
+        compute(34)
+    ls.unregister("test-gone")
+    assert not any(row.name == "test-gone" for row in ls.backends())
+
+
+def test_strict_means_strict(extend, monkeypatch):
+    extend("raises")
+    monkeypatch.setenv("LONGSPAN_STRICT", "1")
+    with pytest.raises(ls.PluginError, match="cache on fire"):
+        compute(35)
