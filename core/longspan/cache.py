@@ -27,6 +27,8 @@ LIMIT = 256 * 2**20
 """Bytes on the host."""
 DEVICE_LIMIT = 64 * 2**20
 """Bytes on devices."""
+MOST = 128
+"""Layouts. Each is a small thing that lives long among large things that come and go, and holds their memory apart."""
 PATTERNS = 1024
 """Patterns whose hits and misses are told apart; the oldest goes."""
 
@@ -54,6 +56,7 @@ class PatternCache:
     Args:
         limit: bytes on the host; pinned entries stay, even where they alone take more.
         device_limit: bytes on devices.
+        most: layouts; pinned ones stay, even where they are more.
         mover_of: how bytes leave a device; for tests.
     """
 
@@ -61,10 +64,11 @@ class PatternCache:
         self,
         limit: int = LIMIT,
         device_limit: int = DEVICE_LIMIT,
+        most: int = MOST,
         *,
         mover_of: Callable[[torch.device], Mover | None] = mover_of,
     ) -> None:
-        self.limit, self.device_limit = limit, device_limit
+        self.limit, self.device_limit, self.most = limit, device_limit, most
         self._transfers = Transfers(mover_of)
         self._lock = threading.RLock()
         self._clock = itertools.count(1)
@@ -277,9 +281,12 @@ class PatternCache:
             self._count(entry, -1)
             self._transfers.down(entry)
             self._count(entry, 1)
-        while self._host_bytes > self.limit and (entry := self._queue.take(self._entries, hot=False)):
+        while self._is_full() and (entry := self._queue.take(self._entries, hot=False)):
             self._remove(entry)
             self._evictions += 1
+
+    def _is_full(self) -> bool:
+        return self._host_bytes > self.limit or len(self._entries) > self.most
 
     def _remove(self, entry: Entry) -> None:
         del self._entries[entry.key]
@@ -319,7 +326,7 @@ class PatternCache:
                 self._hot.add(entry)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.limit, self.device_limit)
+        return type(self), (self.limit, self.device_limit, self.most)
 
     def __repr__(self) -> str:
         held = (self._host_bytes + self._device_bytes) / 2**20

@@ -17,7 +17,7 @@ from longspan.spec import Problem
 
 __all__ = ["KEPT", "forget", "plan_for"]
 
-KEPT = 512
+KEPT = 128
 """Plans kept; the oldest goes."""
 
 _plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()

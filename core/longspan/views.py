@@ -65,7 +65,7 @@ class Block:
         return found
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)
 def blocks(
     call: Call, batch: int, width: int, gqa: bool, budget: int, queries: tuple[Strides, ...], keys: tuple[Strides, ...]
 ) -> tuple[Block, ...]:

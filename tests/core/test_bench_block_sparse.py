@@ -18,7 +18,15 @@ from longspan.bench.rivals import Contest, against_bigbird, against_flex, agains
 from longspan.bench.rows import Rows
 from longspan.errors import ArgumentError, LongspanError
 
-ROW = {"work": str, "figure": float, "limit": str, "holds": bool, "quartiles": str, "density": float}
+ROW = {
+    "work": str,
+    "figure": float,
+    "limit": str,
+    "holds": bool,
+    "quartiles": str,
+    "density": float,
+    "over_dense": float,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +88,7 @@ def test_the_figure_is_the_share_of_denses_time_over_the_density(monkeypatch):
     rows = Rows()
     block_sparse.densities(rows, "reference", 64, "bfloat16", 2, block_sparse.LIMITS, heads=1, block_size=8)
     assert [row["figure"] for row in rows.rows] == [2.0, 1.0, 1.5] * 2
+    assert [row["over_dense"] for row in rows.rows] == [0.25, 0.5, 1.5] * 2
     assert [row["holds"] for row in rows.rows] == [False, True, False] * 2
 
 

@@ -13,7 +13,7 @@ from typing import Self, TypeVar
 
 import torch
 
-__all__ = ["PeakMemory", "measure", "timed"]
+__all__ = ["PeakMemory", "measure", "return_freed_memory", "timed"]
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self._device)
             self._before = torch.cuda.memory_allocated(self._device)
         elif self._device.type == "cpu":
-            _return_freed_memory()
+            return_freed_memory()
             self._before = _reset_high_water()
         return self
 
@@ -80,7 +80,7 @@ def _synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Give freed heap back to the system: reused in silence, it would hide what the next call takes."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
     if trim is not None:

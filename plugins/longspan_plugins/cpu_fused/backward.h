@@ -198,9 +198,16 @@ static void backward_tile(const Job *job, const Tile *tile, int64_t entry, int64
             (clean ? gather : gather_seen)(keys, tile->count, padded, t->weights, dout, dout_at, dvalues + from, at);
             (clean ? gather : gather_seen)(keys, tile->count, padded, t->slope, query, query_at, dkeys + from, at);
         }
-    for (int64_t i = 0; i < tile->count; i++) {
-        const float *from = t->dquery + i / PANEL * PANEL * dim + i % PANEL;
-        for (int64_t x = 0; x < dim; x++) t->rows[x] = from[x * PANEL];
-        narrow_row(rows_of(job->dquery, job->dquery_at, entry, head, tile->index + i * tile->step, kind), t->rows, dim, kind);
-    }
+    for (int64_t row = 0; row < tile->count; row += PANEL)
+        for (int half = 0; half < 2; half++) {
+            const float *from = t->dquery + row * dim + half * VL;
+            int64_t x = 0;
+            for (; x + VL <= dim; x += VL) transpose_square(t->rows + x, padded, from + x * PANEL, PANEL);
+            for (; x < dim; x++)
+                for (int i = 0; i < VL; i++) t->rows[i * padded + x] = from[x * PANEL + i];
+            for (int64_t i = 0; i < VL && row + half * VL + i < tile->count; i++) {
+                const int64_t at = tile->index + (row + half * VL + i) * tile->step;
+                narrow_row(rows_of(job->dquery, job->dquery_at, entry, head, at, kind), t->rows + i * padded, dim, kind);
+            }
+        }
 }
