@@ -28,6 +28,7 @@ from longspan.block_builders import (
     strided_blocks,
 )
 from longspan.block_csr import BlockCSR, HeadBlocks
+from longspan.block_layout import BlockLayout
 from longspan.block_mask import from_block_mask, layout_from, to_block_mask
 from longspan.block_sparse import BlockSparse, per_head
 from longspan.buffers import Allocator, Workspace
@@ -66,6 +67,9 @@ from longspan.spec import (
     Resolution,
     Verdict,
 )
+from longspan.topk_blocks import TopKBlocks
+from longspan.topk_choice import BlockChoice
+from longspan.topk_scoring import BlockScoring
 
 if _TYPE_CHECKING:
     from longspan import testing
@@ -91,6 +95,9 @@ __all__ = [
     "BackendInfo",
     "BackendUnavailable",
     "BlockCSR",
+    "BlockChoice",
+    "BlockLayout",
+    "BlockScoring",
     "BlockSparse",
     "BufferArena",
     "BufferSpec",
@@ -115,6 +122,7 @@ __all__ = [
     "Reason",
     "Resolution",
     "SlidingWindow",
+    "TopKBlocks",
     "UnknownBackend",
     "Verdict",
     "Workspace",

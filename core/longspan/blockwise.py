@@ -125,8 +125,6 @@ def backward(
         `(dquery, dkey, dvalue)`, of the inputs' shapes and dtypes.
     """
     mask, is_causal = _mask_alone(mask, query, key, is_causal)
-    if mask is not None:
-        lse = lse.masked_fill(lse == -torch.inf, 0.0)
     wide = wide_dtype(query.dtype)
     dquery = torch.zeros_like(query, memory_format=torch.contiguous_format)
     dkey = torch.zeros(key.shape, dtype=wide, device=key.device)

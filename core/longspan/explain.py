@@ -16,6 +16,8 @@ from longspan.policy import current
 from longspan.profile import current_profile
 from longspan.resolve import is_native, refusals, resolve
 from longspan.spec import Candidate, Device, Problem, Reason, Resolution
+from longspan.topk_blocks import TopKBlocks
+from longspan.topk_stand_in import stand_in
 
 __all__ = ["explain"]
 
@@ -34,6 +36,9 @@ def explain(problem: Problem, device: Device | str | None = None, *, backend: st
     """
     if device is not None:
         problem = problem.replace(device=device)
+    if isinstance(problem.pattern, TopKBlocks):
+        found = explain(stand_in(problem), backend=backend)
+        return evolve(found, problem=problem, notes=(_approximation(problem.pattern), *found.notes))
     candidates, policy = registry.candidates(), current(backend)
     profile = current_profile(problem.device.name) if present(problem.device) else None
     measured = profile.seconds(problem) if profile else {}
@@ -48,6 +53,14 @@ def explain(problem: Problem, device: Device | str | None = None, *, backend: st
             "installed here"
         )
     return evolve(resolution, notes=(*resolution.notes, *notes))
+
+
+def _approximation(pattern: TopKBlocks) -> str:
+    return (
+        f"{pattern!r} approximates dense attention: it keeps {pattern.k} blocks of keys for each block of queries, "
+        "chosen from content at every call, and then runs as the block-sparse pattern weighed here; "
+        "`pattern.mass(query, key)` says how much softmax mass it keeps"
+    )
 
 
 def _refused_parts(problem: Problem, candidates: Sequence[Candidate]) -> dict[str, tuple[Reason, ...]]:

@@ -36,8 +36,8 @@ def longspan_unsupported(problem: Problem) -> Iterable[Reason]:
 def longspan_pattern(problem: Problem) -> Layout | Any:
     """Pattern generation: the layout of the problem's pattern for its shape and device.
 
-    The core lowers to dense calls, a `Layout`. A backend that serves the pattern natively may return any value, which
-    only its own `longspan_kernel` reads.
+    The core lowers to dense calls, a `Layout`, and block-sparse patterns to a `BlockLayout`. A backend that serves the
+    pattern natively may return any value, which only its own `longspan_kernel` reads.
     """
 
 

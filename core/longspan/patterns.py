@@ -189,8 +189,8 @@ def decode(words: str, numbers: Sequence[int]) -> Pattern:
 def parse_pattern(text: str) -> Pattern:
     """Read a pattern from text.
 
-    `dense`, `window:256,0`, `dilated:2048/1,4096/2`, `dilated:64/1,128/2:grouped:block` and
-    `blocks:128:local:1000,0|global:0` are such texts.
+    `dense`, `window:256,0`, `dilated:2048/1,4096/2`, `dilated:64/1,128/2:grouped:block`,
+    `blocks:128:local:1000,0|global:0` and `topk_blocks:8:128` are such texts.
 
     Raises:
         ArgumentError: the text is none of these; the message shows one that is.
@@ -198,7 +198,10 @@ def parse_pattern(text: str) -> Pattern:
     kind, _, rest = text.strip().partition(":")
     if kind in READERS:
         return READERS[kind](text.strip())
-    want = "dense, window:LEFT,RIGHT, dilated:LENGTH/RATE,... with optional :grouped and :block, or blocks:SIZE:RULE"
+    want = (
+        "dense, window:LEFT,RIGHT, dilated:LENGTH/RATE,... with optional :grouped and :block, blocks:SIZE:RULE or "
+        "topk_blocks:K:SIZE"
+    )
     fix = "e.g. dilated:2048/1,4096/2"
     if kind == "dense" and not rest:
         return Dense()

@@ -18,6 +18,7 @@ from longspan.policy import Policy
 from longspan.resolve import demand
 from longspan.runners import make_runner
 from longspan.spec import Forward, Problem, Resolution
+from longspan.topk_runner import ChoosingRunner
 from longspan.verification import Verification, observe
 
 __all__ = ["Plan", "plan"]
@@ -119,6 +120,8 @@ class Plan:
             check_seed(seed)
         if self._dropout_p:
             draw = Draw(self._dropout_p, draw_seed() if seed is None else seed, self.problem.query_offset)
+        if isinstance(self._runner, ChoosingRunner):  # autograd follows it inside: a scorer may have a gradient
+            return self._runner.attend(query, key, value, draw)
         if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
             apply: Any = Differentiable.apply
             out, lse = apply(query, key, value, self._runner, draw)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from attrs import evolve
@@ -26,13 +27,15 @@ from longspan.providers import layout_of, lender_for
 from longspan.resolve import is_native
 from longspan.spec import Forward, Kernel, Problem
 from longspan.tensors import unit_stride
+from longspan.topk_blocks import TopKBlocks
+from longspan.topk_runner import ChoosingRunner, NothingKept
 
 __all__ = ["DirectRunner", "LoweredRunner", "make_runner"]
 
 
 def make_runner(
     problem: Problem, backend: str, pattern_cache: LayoutStore | None = None
-) -> DirectRunner | LoweredRunner | BlockRunner:
+) -> DirectRunner | LoweredRunner | BlockRunner | ChoosingRunner:
     """Make the kernels of a backend for a problem: with `providers`, the only place where its hooks are called.
 
     Args:
@@ -43,6 +46,8 @@ def make_runner(
     Raises:
         PluginError: the backend returned what the hook contract does not allow.
     """
+    if isinstance(problem.pattern, TopKBlocks):
+        return ChoosingRunner(problem, partial(make_runner, backend=backend, pattern_cache=NothingKept()))
     can = registry.capabilities(backend)
     if can.runs("dense") and (dense := as_dense(problem, may_be_causal=can.causal)) is not None:
         return make_runner(dense, backend, pattern_cache)

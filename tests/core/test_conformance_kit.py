@@ -314,7 +314,7 @@ def test_ten_right_lines_pass(register):
     refused = {outcome.case.id for outcome in certificate.of("refused")}
     assert {"refuse-dtype=float16", "refuse-device=sm_90", "refuse-dropout", "refuse-deterministic"} <= refused
     kinds = {outcome.case.problem.pattern.kind for outcome in certificate.of("passed")}
-    assert kinds == {"dense", "dilated", "window"}
+    assert kinds == {"dense", "dilated", "window", "block_sparse"}
     assert certificate.computed >= 150
 
 
