@@ -319,7 +319,7 @@ def test_twelve_layers_and_a_hundred_steps_share_one_layout():
 
 
 def shared(asked):
-    return any(getattr(key, "problem", None) == asked for key in pattern_cache("cpu").keys())
+    return any(getattr(key, "problem", None) == asked for key in pattern_cache("cpu").keys())  # noqa: SIM118 - no dictionary
 
 
 def test_no_more_layouts_than_asked_for():

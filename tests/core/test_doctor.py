@@ -20,7 +20,8 @@ from longspan.doctor.settings import in_environment, readable
 from longspan.spec import BackendInfo, Candidate
 
 BUILTIN = {
-    "block_sparse_batched", "cpu_fused", "flash", "flex", "pascal_fp32", "reference", "sdpa", "torch_sparse", "xformers",
+    "block_sparse_batched", "cpu_fused", "flash", "flex", "pascal_fp32", "reference", "sdpa", "torch_sparse",
+    "xformers",
 }  # fmt: skip
 CPU_ONLY = pytest.mark.skipif(torch.cuda.device_count() > 0, reason="what is of no use on a machine without a GPU")
 

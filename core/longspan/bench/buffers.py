@@ -15,9 +15,9 @@ from torch import Tensor
 from longspan import planner
 from longspan.attention import attention
 from longspan.bench.sidebyside import faults, ratio, resident
-from longspan.demo.meter import return_freed_memory
 from longspan.cache import PatternCache
 from longspan.defaults import buffer_arena
+from longspan.demo.meter import return_freed_memory
 from longspan.patterns import Dilated, Pattern, SlidingWindow
 from longspan.plan import Plan, plan
 from longspan.spec import BufferSpec, Problem
