@@ -78,7 +78,8 @@ def attention(
         query: `(batch, heads, q_len, head_dim)`, any strides, floating.
         key: `(batch, kv_heads, kv_len, head_dim)`.
         value: the shape of `key`.
-        pattern: which keys a query may see: `Dense()`, `Dilated(...)`, `SlidingWindow(...)`.
+        pattern: which keys a query may see: `Dense()`, `Dilated(...)`, `SlidingWindow(...)`, `BlockSparse(...)`,
+            `TopKBlocks(...)`.
         is_causal: only keys whose position is at most the query's.
         scale: factor on the scores; 1/sqrt(head_dim) unless given.
         dropout_p: probability of dropping a weight.
