@@ -6,8 +6,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tests.core.test_block_sparse import patterns, single
-from tests.small import assert_same, qkv, randn
+from test_block_sparse import patterns, single
 
 import longspan as ls
 from longspan import blockwise, cache_file
@@ -19,6 +18,7 @@ from longspan.testing import oracle
 from longspan.testing.answers import Answer, dense
 from longspan.testing.judge import judge_forward, judge_gradients
 from longspan.testing.oracle import visible
+from small import assert_same, qkv, randn
 
 MODERATE = settings(deadline=None, max_examples=60)
 BACKENDS = ("sdpa", "reference", "block_sparse_batched", "torch_sparse")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from tests.core.test_builtin_backends import launches
-from tests.small import qkv
+from test_builtin_backends import launches
 
 import longspan as ls
+from small import qkv
 
 VIEWS = ("aten::unflatten", "aten::set_")
 """Further operators that launch nothing: the second puts a tensor on memory that is kept."""

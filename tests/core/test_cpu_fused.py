@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -206,14 +207,16 @@ def test_dilated_programs_keep_the_lowered_pairs(lengths, rates, heads, n, is_ca
     if program is None:
         return
     pairs = 0
+    tables = (program.tiles, program.segments, program.ranges, program.of_head)
+    tiles, segments, ranges, of_head = (table.tensor() for table in tables)
     for head in range(heads):
-        first, last = program.ranges[program.of_head[head]].tolist()
-        rows = torch.cat([t[0] + t[1] * torch.arange(t[2]) for t in program.tiles[first:last]])
+        first, last = ranges[of_head[head]].tolist()
+        rows = torch.cat([t[0] + t[1] * torch.arange(t[2]) for t in tiles[first:last]])
         assert len(rows.unique()) == len(rows)
         assert not program.covered or len(rows) == n
-        for tile in program.tiles[first:last]:
+        for tile in tiles[first:last]:
             queries = tile[3] + tile[1] * torch.arange(tile[2])
-            for s in program.segments[tile[4] : tile[5]]:
+            for s in segments[tile[4] : tile[5]]:
                 keys = s[3] + s[1] * torch.arange(s[2])
                 pairs += int(((keys <= queries[:, None]) if is_causal else torch.ones(len(queries), len(keys))).sum())
     assert pairs == lower(problem).pairs
@@ -297,3 +300,14 @@ def test_processes_that_build_at_once(tmp_path):
         assert process.returncode == 0, err
         assert "native" in out and out.endswith("right\n")
     assert [path.suffix for path in (tmp_path / "cpu_fused").iterdir()] == [".so"]
+
+
+@NATIVE
+def test_a_kept_program_is_shared_and_cannot_be_changed():
+    problem = ls.Problem(batch=1, heads=2, q_len=300, head_dim=16, pattern=ls.SlidingWindow(40, 0))
+    one, other = (ls.plan(problem, backend="cpu_fused") for _ in range(2))
+    assert one.layout is other.layout
+    one.layout.tiles.tensor().fill_(-1)
+    assert int(other.layout.tiles.tensor().min()) >= 0
+    again = pickle.loads(pickle.dumps(one.layout.tiles))
+    assert again == one.layout.tiles and torch.equal(again.tensor(), one.layout.tiles.tensor())

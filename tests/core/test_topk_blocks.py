@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.small import assert_same, qkv, randn
 
 import longspan as ls
 from longspan.topk_stand_in import stand_in
+from small import assert_same, qkv, randn
 
 MODERATE = settings(deadline=None, max_examples=40)
 BACKENDS = ("sdpa", "reference", "block_sparse_batched", "torch_sparse")

@@ -15,7 +15,7 @@ typedef struct {
 typedef struct {
     Tile *tiles; /* null: only count */
     Segment *segments;
-    int64_t tile_count, segment_count, rows;
+    int64_t tile_count, segment_count, rows, keys;
 } Listing;
 
 /* Rows `row, row + step, ...` below `high` (positions), with a segment of keys for each branch in `active`. */
@@ -32,9 +32,11 @@ static void list_class(Listing *to, const Document *doc, const Branch *branches,
             int64_t stop = base + own->w < doc->keys ? base + own->w : doc->keys;
             if (causal && row + (count - 1) * step + 1 < stop) stop = row + (count - 1) * step + 1;
             if (stop <= key) continue;
+            const int64_t keys = (stop - key + own->r - 1) / own->r;
+            to->keys += keys;
             if (to->tiles)
                 to->segments[to->segment_count] = (Segment){
-                    key + doc->key_start, own->r, (stop - key + own->r - 1) / own->r, key, INT64_C(1) << 60, causal ? 0 : INT64_C(1) << 60, -1, 0, 0};
+                    key + doc->key_start, own->r, keys, key, INT64_C(1) << 60, causal ? 0 : INT64_C(1) << 60, -1, 0, 0};
             to->segment_count++;
         }
         if (to->tiles)
@@ -80,13 +82,13 @@ static void list_document(Listing *to, const Document *doc, const Branch *branch
     }
 }
 
-/* Counts, and with `tiles` writes, the tiles of one kind of head: `told` receives tiles, segments and rows. `segments` and
+/* Counts, and with `tiles` writes, the tiles of one kind of head: `told` receives tiles, segments, rows and keys. `segments` and
    the tiles' numbers start at `base`. */
 int64_t longspan_dilated(int64_t many, const Branch *branches, int64_t period, int64_t documents, const Document *document, int64_t causal,
                          Tile *tiles, Segment *segments, int64_t base, int64_t *told) {
     if (many > BRANCHES || period > PERIOD) return 1;
-    Listing to = {tiles, segments, 0, base, 0};
+    Listing to = {tiles, segments, 0, base, 0, 0};
     for (int64_t i = 0; i < documents; i++) list_document(&to, document + i, branches, (int)many, period, (int)causal);
-    told[0] = to.tile_count, told[1] = to.segment_count - base, told[2] = to.rows;
+    told[0] = to.tile_count, told[1] = to.segment_count - base, told[2] = to.rows, told[3] = to.keys;
     return 0;
 }

@@ -45,18 +45,18 @@ class Library:
         branches: tuple[tuple[int, int, int], ...],
         documents: Tensor,
         is_causal: bool,
-        tiles: Tensor | None = None,
-        segments: Tensor | None = None,
+        tiles: int | None = None,
+        segments: int | None = None,
         base: int = 0,
     ) -> list[int]:
-        """Tiles, segments and rows of heads with these branches (w, r, s); written where there is room for them."""
+        """How many tiles, segments, rows and keys heads with these branches (w, r, s) have; written where told to."""
         assert self.handle is not None  # callers ask for a program only then
-        told, rows = (ctypes.c_int64 * 3)(), torch.tensor(branches, dtype=torch.int64)
+        told, rows = (ctypes.c_int64 * 4)(), torch.tensor(branches, dtype=torch.int64)
         refused = self.handle.longspan_dilated(
             *(ctypes.c_int64(len(branches)), ctypes.c_void_p(rows.data_ptr())),
             ctypes.c_int64(lcm(*(r for _, r, _ in branches))),
             *(ctypes.c_int64(len(documents)), ctypes.c_void_p(documents.data_ptr()), ctypes.c_int64(is_causal)),
-            *(ctypes.c_void_p(None if one is None else one.data_ptr()) for one in (tiles, segments)),
+            *(ctypes.c_void_p(tiles), ctypes.c_void_p(segments)),
             *(ctypes.c_int64(base), told),
         )
         assert not refused, "more branches, or a longer period, than the caller checked"

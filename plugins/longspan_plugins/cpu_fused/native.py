@@ -11,7 +11,8 @@ from torch.autograd import profiler
 from longspan import Dropout, Kernel, Problem
 from longspan_plugins.cpu_fused.binding import bits, run, strides
 from longspan_plugins.cpu_fused.library import Library
-from longspan_plugins.cpu_fused.program import Program
+from longspan_plugins.cpu_fused.program import TILE, Program
+from longspan_plugins.cpu_fused.table import Table
 
 __all__ = ["OPERATOR", "kernel"]
 
@@ -34,8 +35,7 @@ class _Native:
         self._lanes, self._program = library.lanes, program
         self._scale = bits(problem.scale)
         self._of_heads = {len(program.of_head): program.of_head}  # a lowered problem may come with other heads
-        counts, ranges = program.segments[:, 2], program.ranges
-        self._pairs = int(counts.sum()) * 128 // max(1, len(ranges))  # an upper bound for one head
+        self._pairs = program.keys * TILE // max(1, len(program.ranges))  # an upper bound for one head
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, dropout: Dropout | None = None
@@ -97,7 +97,7 @@ class _Native:
         batch, heads, _, dim = query.shape
         of_head = self._of_heads.get(heads)
         if of_head is None:
-            of_head = self._of_heads[heads] = torch.zeros(heads, dtype=torch.int64)
+            of_head = self._of_heads[heads] = Table.of(torch.zeros(heads, dtype=torch.int64))
         masks = program.masks
         words = [
             batch,
@@ -108,11 +108,11 @@ class _Native:
             threads,
             parts,
             self._scale,
-            program.tiles.data_ptr(),
-            program.segments.data_ptr(),
-            program.ranges.data_ptr(),
-            of_head.data_ptr(),
-            0 if masks is None else masks.data_ptr(),
+            program.tiles.address,
+            program.segments.address,
+            program.ranges.address,
+            of_head.address,
+            0 if masks is None else masks.address,
             0 if masks is None else masks.shape[1],
             0 if masks is None else masks.shape[2],
             query.data_ptr(),

@@ -12,11 +12,12 @@ from itertools import pairwise
 from math import lcm
 
 import torch
-from attrs import field, frozen
+from attrs import frozen
 from torch import Tensor
 
 from longspan import BlockSparse, Dense, Dilated, Problem, SlidingWindow
 from longspan_plugins.cpu_fused.library import Library
+from longspan_plugins.cpu_fused.table import Table
 
 __all__ = ["FAR", "TILE", "Program", "program_for"]
 
@@ -31,16 +32,37 @@ FAR = 2**60
 class Program:
     """Tiles and segments as `attention.h` reads them: int64 rows, one program a kind of head.
 
-    `covered`: every query row of every head is in a tile.
+    `covered`: every query row of every head is in a tile. `keys`: keys of all segments together.
     """
 
-    tiles: Tensor
-    segments: Tensor
-    ranges: Tensor  # (programs, 2): first and last tile
-    of_head: Tensor  # (heads,): which program a head runs
+    tiles: Table
+    segments: Table
+    ranges: Table  # (programs, 2): first and last tile
+    of_head: Table  # (heads,): which program a head runs
     covered: bool
-    masks: Tensor | None = None  # (masks, keys, words) int32
-    pairs: int = field(default=0)  # query-key pairs of one batch entry, masked ones among them
+    keys: int
+    masks: Table | None = None  # (masks, keys, words) int32
+
+    @classmethod
+    def of(
+        cls,
+        tiles: Tensor,
+        segments: Tensor,
+        ranges: Tensor,
+        of_head: Tensor,
+        covered: bool,
+        masks: Tensor | None = None,
+    ) -> Program:
+        """From tensors."""
+        return cls(
+            Table.of(tiles),
+            Table.of(segments),
+            Table.of(ranges),
+            Table.of(of_head),
+            covered,
+            int(segments[:, 2].sum()),
+            None if masks is None else Table.of(masks),
+        )
 
     @property
     def nbytes(self) -> int:
@@ -110,7 +132,7 @@ def assemble(programs: Iterable[list[Part]], of_head: Tensor, covered: bool, mas
             tile_count += len(part_tiles)
             segment_count += len(part_segments)
         ranges.append((first, tile_count))
-    return Program(
+    return Program.of(
         torch.cat(tiles) if tiles else torch.zeros(0, 6, dtype=torch.int64),
         torch.cat(segments) if segments else torch.zeros(0, 9, dtype=torch.int64),
         torch.tensor(ranges, dtype=torch.int64),
@@ -161,16 +183,15 @@ def _dilated(problem: Problem, pattern: Dilated, library: Library) -> Program | 
         return None
     documents = torch.tensor([[s.query_start, s.key_start, s.first, s.queries, s.keys] for s in spans(problem)])
     listings = [library.dilated(branches, documents, problem.is_causal) for branches in kinds]
-    tiles, segments = (
-        torch.empty(sum(one[i] for one in listings), width, dtype=torch.int64) for i, width in ((0, 6), (1, 9))
-    )
-    ranges, covered, first, base = [], True, 0, 0
-    for branches, (many, more, rows) in zip(kinds, listings, strict=True):
-        library.dilated(branches, documents, problem.is_causal, tiles[first:], segments, base)
+    tiles, segments = (Table.blank(sum(one[i] for one in listings), width) for i, width in ((0, 6), (1, 9)))
+    ranges, first, base = [], 0, 0
+    for branches, (many, more, _, _) in zip(kinds, listings, strict=True):
+        library.dilated(branches, documents, problem.is_causal, tiles.address + 48 * first, segments.address, base)
         ranges.append((first, first + many))
-        covered = covered and rows == problem.q_len
         first, base = first + many, base + more
-    return Program(tiles, segments, torch.tensor(ranges), of_head, covered)
+    covered = all(rows == problem.q_len for _, _, rows, _ in listings)
+    keys = sum(keys for *_, keys in listings)
+    return Program(tiles, segments, Table.of(torch.tensor(ranges)), Table.of(of_head), covered, keys)
 
 
 def _branches_of_heads(pattern: Dilated, heads: int) -> Iterator[tuple[Branch, ...]]:

@@ -1,0 +1,63 @@
+"""A table of integers that nobody can change: programs are kept and shared, and the kernels read addresses."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import torch
+from attrs import field, frozen
+from torch import Tensor
+
+__all__ = ["Table"]
+
+
+@frozen(repr=False)
+class Table:
+    """The bytes of an integer tensor, with its shape and dtype."""
+
+    data: bytes
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    _address: int = field(init=False, eq=False)
+
+    def __attrs_post_init__(self) -> None:
+        object.__setattr__(self, "_address", ctypes.cast(ctypes.c_char_p(self.data), ctypes.c_void_p).value or 0)
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Table:
+        """A copy of the tensor's values."""
+        tensor = tensor.contiguous()
+        return cls(ctypes.string_at(tensor.data_ptr(), tensor.nbytes), tuple(tensor.shape), tensor.dtype)
+
+    @classmethod
+    def blank(cls, *shape: int) -> Table:
+        """int64 values to be written through `address` by whoever asked for it, before anybody else sees it."""
+        make = ctypes.pythonapi.PyBytes_FromStringAndSize  # the C interface's own way to make bytes and fill them after
+        make.restype, make.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_ssize_t)
+        return cls(make(None, 8 * math.prod(shape)), shape, torch.int64)
+
+    @property
+    def address(self) -> int:
+        """Where the values are, for as long as the table is held."""
+        return self._address
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held."""
+        return len(self.data)
+
+    def tensor(self) -> Tensor:
+        """The values, as a tensor of the caller's own."""
+        if not self.data:
+            return torch.empty(self.shape, dtype=self.dtype)
+        return torch.frombuffer(bytearray(self.data), dtype=self.dtype).view(self.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __reduce__(self) -> tuple[type[Table], tuple[bytes, tuple[int, ...], torch.dtype]]:
+        return type(self), (self.data, self.shape, self.dtype)  # an address is one process's
+
+    def __repr__(self) -> str:
+        return f"Table({' x '.join(map(str, self.shape))} {self.dtype})"
