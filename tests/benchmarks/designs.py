@@ -1,6 +1,6 @@
 """Ways to compute dense attention on a CPU, side by side: what `cpu_fused` was chosen from.
 
-torch's own operator, a composition of oneDNN products over 512-row tiles (`cpu_fused` without a compiler), FlexAttention
+torch's own operator, oneDNN products over 512-row tiles (`cpu_fused` without a compiler), FlexAttention
 compiled by inductor, and the native kernels; float32 forward, (1, 8, 2048, 64) and (1, 8, 4096, 128).
 Run: python tests/benchmarks/designs.py
 """

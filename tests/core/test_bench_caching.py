@@ -56,7 +56,7 @@ def test_a_file_that_cannot_be_written(capsys, tmp_path):
 def test_buffers(capsys):
     code, out, _ = run(capsys, "buffers", "--rounds", "1", "--tokens", "1024", "--steps", "10", "--json", "--backward")
     found = json.loads(out)
-    assert code == 0 and found["steps"]["held_after_the_plans_are_dropped"] == 0
+    assert code == 0 and found["steps"]["auto"]["held_after_the_plans_are_dropped"] == 0
     assert found["calls"]["window bfloat16 training"]["faults"].keys() == {"on", "off"}
 
 

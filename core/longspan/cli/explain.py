@@ -117,6 +117,8 @@ def _show(resolution: Resolution) -> None:
 
 def _work(problem: Problem) -> str:
     """How much there is to compute, which does not depend on the backend."""
+    if isinstance(problem.pattern, longspan.TopKBlocks):
+        problem = stand_in(problem)  # which blocks will be chosen is known later; how many is known now
     layout = lower(problem)
     dense = lower(problem.replace(pattern=longspan.Dense()))
     share = f", {layout.pairs / dense.pairs:.1%} of dense attention's" if dense.pairs and layout != dense else ""
