@@ -84,7 +84,8 @@ def attention(
         scale: factor on the scores; 1/sqrt(head_dim) unless given.
         dropout_p: probability of dropping a weight.
         enable_gqa: allow fewer key heads than query heads; head `h` reads key head `h // (heads // kv_heads)`.
-        cu_seqlens: boundaries of packed documents, `(0, end_1, ...)`; every pattern restarts at each.
+        cu_seqlens: boundaries of packed documents, `(0, end_1, ...)`; every pattern restarts at each. Tokens after the
+            last boundary are padding: they belong to no document, and have out 0 and lse -inf.
         query_offset: position of the first query, for `q_len != kv_len`.
         dropout_seed: which pairs to drop: the same seed drops the same (head, query, key) whatever the backend. Drawn
             from torch's default generator unless given.

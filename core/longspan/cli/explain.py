@@ -12,6 +12,7 @@ from longspan import ArgumentError, Problem, Resolution
 from longspan.cli import output
 from longspan.cli.verdicts import word
 from longspan.lowering import lower
+from longspan.topk_stand_in import stand_in
 
 __all__ = ["explain"]
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 
 from longspan.lowering import lower
 from longspan.spec import Problem
+from longspan.topk_blocks import TopKBlocks
+from longspan.topk_stand_in import stand_in
 
 __all__ = ["START", "growth", "prefixes", "reach"]
 
@@ -45,4 +47,5 @@ def reach(problem: Problem, patience_ms: float, run_ms: Callable[[int], float]) 
 
 
 def _pairs(problem: Problem, tokens: int) -> int:
-    return lower(problem.replace(q_len=tokens, kv_len=tokens)).pairs
+    asked = problem.replace(q_len=tokens, kv_len=tokens)
+    return lower(stand_in(asked) if isinstance(asked.pattern, TopKBlocks) else asked).pairs
