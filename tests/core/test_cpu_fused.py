@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import longspan as ls
 from longspan.lowering import lower
 from longspan.testing import oracle
-from longspan_plugins.cpu_fused import library
+from longspan_plugins.cpu_fused import library, native
 from longspan_plugins.cpu_fused.program import Program, program_for
 
 NATIVE = pytest.mark.skipif(library.compiler() is None, reason="no C compiler: the kernels are composed")
@@ -311,3 +311,157 @@ def test_a_kept_program_is_shared_and_cannot_be_changed():
     assert int(other.layout.tiles.tensor().min()) >= 0
     again = pickle.loads(pickle.dumps(one.layout.tiles))
     assert again == one.layout.tiles and torch.equal(again.tensor(), one.layout.tiles.tensor())
+
+
+@NATIVE
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_the_largest_scores_still_choose_a_key(dtype):
+    """Scaled scores so large that a rounding of their maximum is more than float32's exponents hold."""
+    query, key, value = tensors(1, 2, 2, 150, 150, 64, dtype)
+    factor = 2e4 if dtype is torch.float16 else 1e6
+    query, key = ((x.detach().clamp(-3, 3) * factor).requires_grad_() for x in (query, key))
+    given = {"is_causal": True, "scale": 1.0, "return_lse": True}
+    out, lse = ls.attention(query, key, value, backend="cpu_fused", **given)
+    want, want_lse = oracle(query.detach(), key.detach(), value.detach(), **given)
+    assert float(want_lse.abs().max()) > 2**33
+    torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse.double(), want_lse, atol=0.0, rtol=1e-6)
+    grads = torch.autograd.grad(out.sum(), (query, key, value))
+    assert all(bool(grad.isfinite().all()) for grad in grads)
+    chosen = torch.zeros(1, 2, 150, dtype=torch.float64)  # rows choose one key each: its value gets their gradients
+    scores = query.detach().double() @ key.detach().double().mT
+    best = scores.masked_fill(torch.ones(150, 150, dtype=torch.bool).triu(1), -math.inf).argmax(-1)
+    chosen.scatter_add_(2, best, torch.ones_like(chosen))
+    torch.testing.assert_close(grads[2].double(), chosen[..., None].expand_as(value), atol=1e-5, rtol=1e-5)
+
+
+@NATIVE
+@pytest.mark.parametrize("scale", [1e-46, 1e-39, 1e39, -1e39])
+def test_scales_that_float32_does_not_hold(scale):
+    query, key, value = (x.detach() for x in tensors(1, 2, 2, 90, 90, 16, torch.float32))
+    out = ls.attention(query, key, value, is_causal=True, scale=scale, backend="cpu_fused")
+    want = oracle(query, key, value, is_causal=True, scale=scale)
+    torch.testing.assert_close(out.double(), want, atol=2e-5, rtol=2e-5)
+
+
+@NATIVE
+@pytest.mark.parametrize("pattern", [ls.SlidingWindow(16, 1), ls.SlidingWindow(0, 500), ls.Dense()])
+@pytest.mark.parametrize("heads", [(4, 2), (6, 3), (3, 1)])
+def test_dropout_of_heads_that_share_keys(pattern, heads):
+    query, key, value = tensors(2, *heads, 193, 193, 16, torch.float32)
+    given = {"dropout_p": 0.35, "dropout_seed": 3, "enable_gqa": True}
+    mine = ls.attention(query, key, value, pattern, backend="cpu_fused", **given)
+    theirs = ls.attention(query, key, value, pattern, backend="reference", **given)
+    torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=2e-5)
+    dout = torch.randn(mine.shape, generator=torch.Generator().manual_seed(1))
+    both = [torch.autograd.grad(out, (query, key, value), dout) for out in (mine, theirs)]
+    for a, b in zip(*both, strict=True):
+        torch.testing.assert_close(a, b, atol=8e-5, rtol=8e-5)
+
+
+@NATIVE
+@pytest.mark.parametrize("start", [0, 1])
+def test_pairs_that_start_at_any_element(start):
+    """An even step between rows that start at an odd element: pairs of bfloat16 lie across 4-byte boundaries."""
+    packed = torch.randn(1, 2, 150, 18, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    query, key, value = (packed[..., start : start + 16].detach().requires_grad_() for _ in range(3))
+    compare(query, key, value, ls.Dense(), torch.bfloat16, is_causal=True)
+
+
+@NATIVE
+@pytest.mark.parametrize("far", [2**31 - 20, 2**60, 2**62])
+def test_positions_and_reaches_beyond_32_bits(far):
+    for pattern, options in (
+        (ls.Dense(), {"is_causal": True, "query_offset": far}),
+        (ls.SlidingWindow(far, far), {}),
+        (ls.SlidingWindow(far, 0), {"query_offset": far}),
+        (ls.Dilated((64, far), (1, 2)), {}),
+    ):
+        compare(*tensors(1, 2, 2, 90, 90, 16, torch.float32), pattern, torch.float32, **options)
+
+
+@NATIVE
+def test_reaches_of_any_size_are_no_limit():
+    query, key, value = tensors(1, 2, 2, 90, 90, 16, torch.float32)
+    want = ls.attention(query, key, value, backend="cpu_fused")
+    for far in (2**63 - 1, 2**63):
+        assert torch.equal(ls.attention(query, key, value, ls.SlidingWindow(far, far), backend="cpu_fused"), want)
+        dilated = ls.attention(query, key, value, ls.Dilated((far,), (1,)), backend="cpu_fused")
+        torch.testing.assert_close(dilated, want, atol=2e-6, rtol=2e-6)
+
+
+@NATIVE
+@pytest.mark.parametrize(
+    ("rates", "program"), [((1, 1024), True), ((1, 1025), False), ((32, 31, 2), True), ((32, 33), False)]
+)
+def test_long_periods_are_lowered(rates, program):
+    pattern = ls.Dilated((2**16,) * len(rates), rates)
+    problem = ls.Problem(batch=1, heads=1, q_len=2**16, head_dim=8, pattern=pattern)
+    assert isinstance(ls.plan(problem, backend="cpu_fused").layout, Program) == program
+
+
+@NATIVE
+@pytest.mark.parametrize(("batch", "heads"), [(1, 0), (0, 2), (0, 0)])
+def test_kernels_of_nothing(batch, heads):
+    problem = ls.Problem(batch=batch, heads=heads, q_len=200, head_dim=16)
+    program = program_for(problem, library.load())
+    kernel = native.kernel(problem, program, library.load())
+    query = torch.empty(batch, heads, 200, 16)
+    out, lse = kernel.forward(query, query, query)
+    assert out.shape == query.shape and lse.shape == query.shape[:3]
+    assert all(grad.shape == query.shape for grad in kernel.backward(out, query, query, query, out, lse))
+
+
+def made(folder):
+    return sorted(path for path in (folder / "cpu_fused").iterdir())
+
+
+@NATIVE
+def test_damaged_libraries_are_built_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("LONGSPAN_CACHE", str(tmp_path))
+    assert library.load.__wrapped__().handle
+    (path,) = made(tmp_path)
+    whole = path.read_bytes()
+    for number, damaged in enumerate((whole[: len(whole) // 2], bytes(len(whole)))):
+        other = tmp_path / str(number)  # a file that is loaded already would not be read again
+        monkeypatch.setenv("LONGSPAN_CACHE", str(other))
+        (other / "cpu_fused").mkdir(parents=True)
+        (other / "cpu_fused" / path.name).write_bytes(damaged)
+        assert library.load.__wrapped__().handle
+        assert [found.read_bytes() == whole for found in made(other)] == [True]
+
+
+@NATIVE
+def test_without_a_folder_to_keep_it_in_the_library_is_built_all_the_same(tmp_path, monkeypatch):
+    taken = tmp_path / "a file"
+    taken.write_text("")
+    monkeypatch.setenv("LONGSPAN_CACHE", str(taken))
+    assert library.load.__wrapped__().handle
+
+    def nowhere(name):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(library, "cache_folder", nowhere)
+    assert library.load.__wrapped__().handle
+
+
+@NATIVE
+def test_the_compiler_may_have_arguments_and_spaces(tmp_path, monkeypatch):
+    usual = library.compiler()[0]
+    spaced = tmp_path / "a folder" / "my compiler"
+    spaced.parent.mkdir()
+    spaced.symlink_to(usual)
+    for wanted, want in (
+        (f"{usual} -O1 -DX='a b'", (usual, "-O1", "-DX=a b")),
+        (str(spaced), (str(spaced),)),
+        (f"'{spaced}' -O1", (str(spaced), "-O1")),
+        ('"unclosed', library.compiler()),
+        ("no-such-compiler", library.compiler()),
+    ):
+        monkeypatch.setenv("CC", wanted)
+        assert library.compiler() == want
+    monkeypatch.setenv("LONGSPAN_CACHE", str(tmp_path / "the cache"))
+    monkeypatch.setenv("CC", f"'{spaced}' -O1")
+    assert library.load.__wrapped__().handle and len(made(tmp_path / "the cache")) == 1
+    monkeypatch.setenv("CC", str(spaced))
+    assert library.load.__wrapped__().handle and len(made(tmp_path / "the cache")) == 2

@@ -9,7 +9,8 @@ typedef struct {
     float *query, *dout, *dquery;  /* [panel][x][lane] */
     float *weights, *slope;        /* [panel][key][lane] */
     float *key, *value, *rows;
-    float lse[TILE], held[TILE];
+    float lse[TILE], held[TILE]; /* `lse` to base 2; natural where it is `large` */
+    int large;
 } Trace;
 
 /* sum[key][x] += sum over rows of weights[panel][key][row] * rows[row][x], VL or 2 * VL of x. */
@@ -63,7 +64,8 @@ APART void gather_seen(int64_t keys, int64_t count, int64_t dim, const float *we
 /* Scores become the joint weights, and the slopes of the values' products the slopes of the scores. */
 APART void slopes(const Job *job, const Tile *tile, const Segment *s, int64_t row, int64_t k, int64_t keys, int part, const Dropping *drop,
                   const Trace *trace, float *weights, float *slope, float factor) {
-    const vf la = load(trace->lse + row), lb = load(trace->lse + row + VL), ha = load(trace->held + row), hb = load(trace->held + row + VL);
+    const vf la = trace->large ? (vf){0} : load(trace->lse + row), lb = trace->large ? (vf){0} : load(trace->lse + row + VL);
+    const vf ha = load(trace->held + row), hb = load(trace->held + row + VL);
     const vf scale = all((float)job->scale);
     Lots lots;
     if (job->lines) lots = row_lots(drop, tile, row);
@@ -94,6 +96,17 @@ APART void slopes(const Job *job, const Tile *tile, const Segment *s, int64_t ro
     }
 }
 
+/* Scores become their distance from the lse, to base 2: the rounded product with the scale, as the forward's lse has it,
+   and at most 0, what a rounding elsewhere may have exceeded. */
+APART void settle(int64_t keys, float *scores, const float *lse, float scale) {
+    const vf la = load(lse), lb = load(lse + VL), none = {0};
+    for (int64_t i = 0; i < 2 * keys; i++) {
+        volatile vf scaled = load(scores + i * VL) * scale; /* not fused with the difference */
+        vf x = (scaled - (i % 2 ? lb : la)) * 1.44269504f;
+        store(scores + i * VL, pick(x > none, none, x));
+    }
+}
+
 /* Whether scores come from products of bfloat16 pairs. */
 INLINE int paired(const Job *job) {
 #if defined(__AVX512BF16__)
@@ -113,6 +126,7 @@ static void open_tile(const Job *job, const Tile *tile, int64_t entry, int64_t h
     *query = widened(rows_of(job->query, job->query_at, entry, head, tile->index, kind), query_at, tile->count, dim, padded, kind, t->query_rows);
     *dout = widened(rows_of(job->dout, job->dout_at, entry, head, tile->index, kind), dout_at, tile->count, dim, padded, kind, t->dout_rows);
     const float *out = widened(rows_of(job->out, job->out_at, entry, head, tile->index, kind), &out_at, tile->count, dim, dim, kind, t->rows);
+    t->large = 0;
     for (int64_t i = 0; i < TILE; i++) {
         t->lse[i] = INFINITY; /* weights 0, for rows without keys too */
         t->held[i] = 0;
@@ -120,6 +134,7 @@ static void open_tile(const Job *job, const Tile *tile, int64_t entry, int64_t h
         const int64_t at = tile->index + i * tile->step;
         const float lse = job->lse[entry * job->lse_at[0] + head * job->lse_at[1] + at * job->lse_at[2]];
         if (lse != -INFINITY) t->lse[i] = lse * 1.44269504f;
+        if (lse != -INFINITY && fabsf(t->lse[i]) > LARGE) t->large = 1;
         float held = 0;
         const float *o = out + i * out_at, *d = *dout + i * *dout_at;
         vf sum = {0};
@@ -129,6 +144,11 @@ static void open_tile(const Job *job, const Tile *tile, int64_t entry, int64_t h
         for (int lane = 0; lane < VL; lane++) held += sum[lane];
         if (job->dlse) held -= job->dlse[entry * job->dlse_at[0] + head * job->dlse_at[1] + at * job->dlse_at[2]];
         t->held[i] = held;
+    }
+    for (int64_t i = 0; t->large && i < tile->count; i++) {
+        const int64_t at = tile->index + i * tile->step;
+        const float lse = job->lse[entry * job->lse_at[0] + head * job->lse_at[1] + at * job->lse_at[2]];
+        if (lse != -INFINITY) t->lse[i] = lse;
     }
 #if defined(__AVX512BF16__)
     if (paired(job)) {
@@ -191,7 +211,8 @@ static void backward_tile(const Job *job, const Tile *tile, int64_t entry, int64
                     score(keys, dim, key, key_at, t->query + row * dim, weights, keep);
                     score(keys, dim, value, value_at, t->dout + row * dim, slope, keep);
                 }
-                slopes(job, tile, s, row, k, keys, part, &drop, t, weights, slope, factor);
+                if (t->large) settle(keys, weights, t->lse + row, (float)job->scale);
+                slopes(job, tile, s, row, k, keys, part, &drop, t, weights, slope, t->large ? 1.0f : factor);
                 (clean ? weigh : weigh_seen)(keys, dim, key, key_at, slope, t->dquery + row * dim, keep);
             }
             const int64_t at = padded * s->step, from = start * padded;

@@ -40,14 +40,14 @@ APART Pair score_pairs(int64_t keys, int64_t dim, const uint16_t *key, int64_t k
     return top;
 }
 
-/* Queries as pairs of x in the lanes: [panel][x / 2][lane]. */
+/* Queries as pairs of x in the lanes: [panel][x / 2][lane]. Rows that start where no pair may are copied one by one. */
 INLINE void spread_pairs(uint32_t *to, const uint16_t *rows, int64_t at, int64_t count, int64_t dim) {
     for (int64_t row = 0; row < count; row += PANEL) {
         float *panel = (float *)(to + row * dim / 2); /* a pair moves as one float would */
         for (int half = 0; half < 2; half++) {
             int64_t left = count - row - half * VL;
             const uint16_t *from = rows + (row + half * VL) * at;
-            if (at % 2 == 0)
+            if (at % 2 == 0 && (uintptr_t)rows % 4 == 0)
                 transpose(panel + half * VL, PANEL, (const float *)from, at / 2, left < 0 ? 0 : left, dim / 2);
             else
                 for (int64_t x = 0; x < dim / 2; x++)

@@ -67,21 +67,37 @@ APART Pair hide(const Job *job, const Tile *tile, const Segment *s, int64_t row,
     return top;
 }
 
-/* Scores become weights relative to `top`; returns by how much what was summed before fades, and adds up `total`. */
-APART Pair soften(int64_t keys, float *scores, Pair *top, Pair fresh, Pair *total, float factor) {
-    vf ma = pick(fresh.a == all(-INFINITY), (vf){0}, fresh.a * factor), mb = pick(fresh.b == all(-INFINITY), (vf){0}, fresh.b * factor);
-    vf oa = pick(top->a == all(-INFINITY), top->a, top->a * factor), ob = pick(top->b == all(-INFINITY), top->b, top->b * factor);
-    Pair fade = {exp2_of(oa - ma), exp2_of(ob - mb)};
+/* Scores become 2^(score * factor - most), or with `large` 2^((score - most) * factor); returns their sums. */
+INLINE Pair weights_of(int large, int64_t keys, float *scores, Pair most, float factor) {
     vf a = {0}, b = {0};
     for (int64_t k = 0; k < keys; k++) {
-        vf x = exp2_of(load(scores + k * PANEL) * factor - ma), y = exp2_of(load(scores + k * PANEL + VL) * factor - mb);
+        vf x = load(scores + k * PANEL), y = load(scores + k * PANEL + VL);
+        x = exp2_of(large ? (x - most.a) * factor : x * factor - most.a);
+        y = exp2_of(large ? (y - most.b) * factor : y * factor - most.b);
         a += x;
         b += y;
         store(scores + k * PANEL, x);
         store(scores + k * PANEL + VL, y);
     }
-    total->a = total->a * fade.a + a;
-    total->b = total->b * fade.b + b;
+    return (Pair){a, b};
+}
+
+/* Scores become weights relative to `top`; returns by how much what was summed before fades, and adds up `total`. */
+APART Pair soften(int64_t keys, float *scores, Pair *top, Pair fresh, Pair *total, float factor) {
+    const vf ra = pick(fresh.a == all(-INFINITY), (vf){0}, fresh.a), rb = pick(fresh.b == all(-INFINITY), (vf){0}, fresh.b);
+    const vf ma = pick(fresh.a == all(-INFINITY), ra, ra * factor), mb = pick(fresh.b == all(-INFINITY), rb, rb * factor), limit = all(LARGE);
+    Pair fade, sums;
+    if (any((ma > limit) | (ma < -limit) | (mb > limit) | (mb < -limit))) {
+        fade = (Pair){exp2_of((top->a - ra) * factor), exp2_of((top->b - rb) * factor)};
+        sums = weights_of(1, keys, scores, (Pair){ra, rb}, factor);
+    } else {
+        /* `pick` keeps the products from being fused with the differences: an unchanged top fades nothing */
+        const vf oa = pick(top->a == all(-INFINITY), top->a, top->a * factor), ob = pick(top->b == all(-INFINITY), top->b, top->b * factor);
+        fade = (Pair){exp2_of(oa - ma), exp2_of(ob - mb)};
+        sums = weights_of(0, keys, scores, (Pair){ma, mb}, factor);
+    }
+    total->a = total->a * fade.a + sums.a;
+    total->b = total->b * fade.b + sums.b;
     *top = fresh;
     return fade;
 }
@@ -113,8 +129,12 @@ INLINE void finish(const Job *job, const Tile *tile, int64_t entry, int64_t head
             int64_t at = tile->index + (row + i) * tile->step;
             narrow_row(rows_of(job->out, job->out_at, entry, head, at, kind), space->rows + i * padded, dim, kind);
             float whole = i < VL ? total.a[i] : total.b[i - VL], most = i < VL ? top.a[i] : top.b[i - VL];
-            job->lse[entry * job->lse_at[0] + head * job->lse_at[1] + at * job->lse_at[2]] =
-                whole == 0 ? -INFINITY : (most * factor + log2f(whole)) * 0.69314718f;
+            float lse = (most * factor + log2f(whole)) * 0.69314718f;
+            if (fabsf(most * factor) > LARGE) { /* what the backward's scores are compared with is the rounded product */
+                volatile float scaled = most * (float)fabs(job->scale);
+                lse = scaled + log2f(whole) * 0.69314718f;
+            }
+            job->lse[entry * job->lse_at[0] + head * job->lse_at[1] + at * job->lse_at[2]] = whole == 0 ? -INFINITY : lse;
         }
     }
 }
@@ -122,8 +142,10 @@ INLINE void finish(const Job *job, const Tile *tile, int64_t entry, int64_t head
 static void forward_tile(const Job *job, const Tile *tile, int64_t entry, int64_t head, Space *space) {
     const int kind = (int)job->kind;
     const int64_t dim = job->dim, own = head / job->group;
-    /* The sign goes to the queries: hidden scores, -inf, are to stay so. A scale of 0 makes all queries 0. */
-    const float sign = job->scale < 0 ? -1.0f : job->scale > 0, factor = sign == 0 ? 1.0f : (float)(job->scale * sign * 1.4426950408889634);
+    /* The sign goes to the queries: hidden scores, -inf, are to stay so. A scale of 0 in float32 makes all queries 0. */
+    const double size = fabs(job->scale) * 1.4426950408889634;
+    const float sign = size < FLT_MIN ? 0.0f : job->scale < 0 ? -1.0f : 1.0f;
+    const float factor = sign == 0 ? 1.0f : size > FLT_MAX ? FLT_MAX : (float)size;
     int64_t at = job->query_at[2] * tile->step;
     const float *query = rows_of(job->query, job->query_at, entry, head, tile->index, kind);
     const int64_t panels = (tile->count + PANEL - 1) / PANEL;

@@ -7,10 +7,12 @@ folder shared by different machines never gives one of them another's instructio
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -30,6 +32,7 @@ __all__ = ["Library", "compiler", "load"]
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
 PATIENCE = 120.0
 """Seconds that a compiler may take."""
+HERE = Path(__file__).parent
 
 
 @frozen
@@ -68,10 +71,17 @@ class Library:
         return f"native, {self.lanes} lanes" if self.handle else "torch operators"
 
 
-def compiler() -> str | None:
-    """The C compiler: `$CC`, else the first of cc, gcc and clang; None where there is none."""
-    wanted = os.environ.get("CC", "").split()[:1]
-    return next((found for name in (*wanted, "cc", "gcc", "clang") if (found := shutil.which(name))), None)
+def compiler() -> tuple[str, ...] | None:
+    """The C compiler: `$CC`, a path or a command with arguments, else the first of cc, gcc and clang; or None."""
+    wanted = os.environ.get("CC", "").strip()
+    try:
+        words = shlex.split(wanted)
+    except ValueError:  # a quote without its partner
+        words = []
+    for name, *arguments in ([wanted], words or [""], ["cc"], ["gcc"], ["clang"]):
+        if found := shutil.which(name):
+            return (found, *arguments)
+    return None
 
 
 @cache
@@ -83,10 +93,14 @@ def load() -> Library:
     if program is None:
         return Library(None, refusal="no C compiler found. Next: install gcc or clang, or set CC")
     try:
-        return _open(_built(program))
+        try:
+            return _kept(program, cache_folder("cpu_fused"))
+        except (OSError, RuntimeError):  # no home, nothing may be written there, or nothing loaded from there
+            with tempfile.TemporaryDirectory(prefix="longspan-") as scratch:
+                return _open(_built(program, Path(scratch)))
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
         said = getattr(error, "stderr", None) or str(error)
-        return Library(None, refusal=f"{program} did not make a library: {said.strip()[-400:]}")
+        return Library(None, refusal=f"{shlex.join(program)} did not make a library: {said.strip()[-400:]}")
 
 
 def _open(path: Path) -> Library:
@@ -99,29 +113,37 @@ def _open(path: Path) -> Library:
     return Library(handle, handle.longspan_lanes())
 
 
-def _built(program: str) -> Path:
-    here = Path(__file__).parent
-    sources = sorted([*here.glob("*.h"), *here.glob("*.c")])
+def _kept(program: tuple[str, ...], folder: Path) -> Library:
+    """The folder's library, built if it is not there. Its name ends with its size: loading half a file can crash."""
     digest = hashlib.sha256()
-    for part in (*FLAGS, program, _version(program), _processor()):
+    for part in (*FLAGS, *program, _said([*program, "--version"]), _processor()):
         digest.update(part.encode() + b"\0")
-    for source in sources:
+    for source in sorted([*HERE.glob("*.h"), *HERE.glob("*.c")]):
         digest.update(source.read_bytes())
-    folder = cache_folder("cpu_fused")
-    path = folder / f"attention-{digest.hexdigest()[:24]}.so"
-    if path.exists():
-        return path
+    name = f"attention-{digest.hexdigest()[:24]}"
+    for path in folder.glob(f"{name}-*.so"):
+        if path.name == f"{name}-{path.stat().st_size}.so":
+            with contextlib.suppress(OSError, AttributeError):  # else it is damaged, and replaced
+                return _open(path)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:  # renamed when whole: others may be building it too
-        fresh = Path(scratch) / path.name
-        command = [program, *FLAGS, "-o", str(fresh), str(here / "attention.c"), "-lpthread", "-lm"]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
+        fresh = _built(program, Path(scratch))
+        with fresh.open("rb") as file:
+            os.fsync(file.fileno())
+        path = folder / f"{name}-{fresh.stat().st_size}.so"
         os.replace(fresh, path)
+    return _open(path)
+
+
+def _built(program: tuple[str, ...], folder: Path) -> Path:
+    path = folder / "attention.so"
+    _said([*program, *FLAGS, "-o", str(path), str(HERE / "attention.c"), "-lpthread", "-lm"])
     return path
 
 
-def _version(program: str) -> str:
-    return subprocess.run([program, "--version"], check=True, capture_output=True, text=True, timeout=PATIENCE).stdout
+def _said(command: list[str]) -> str:
+    done = subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=PATIENCE)
+    return done.stdout
 
 
 def _processor() -> str:

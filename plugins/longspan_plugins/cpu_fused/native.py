@@ -97,12 +97,13 @@ class _Native:
         batch, heads, _, dim = query.shape
         of_head = self._of_heads.get(heads)
         if of_head is None:
-            of_head = self._of_heads[heads] = Table.of(torch.zeros(heads, dtype=torch.int64))
+            # setdefault: another thread's table, once it is in use, is not to be replaced, which would free it
+            of_head = self._of_heads.setdefault(heads, Table.of(torch.zeros(heads, dtype=torch.int64)))
         masks = program.masks
         words = [
             batch,
             heads,
-            heads // max(1, key.shape[1]),
+            max(1, heads // max(1, key.shape[1])),  # without heads too the kernels divide by it
             dim,
             KINDS[query.dtype],
             threads,
@@ -140,14 +141,19 @@ def _dropout_words(dropout: Dropout | None) -> list[int]:
         dropout.lines.data_ptr(),
         dropout.queries.data_ptr(),
         dropout.keys.data_ptr(),
-        *dropout.lines.stride(),
-        *dropout.queries.stride(),
-        *dropout.keys.stride(),
+        *_broadcast(dropout.lines),
+        *_broadcast(dropout.queries),
+        *_broadcast(dropout.keys),
         (dropout.seed + 2**63) % 2**64 - 2**63,
         bits(1.0 / (1.0 - dropout.p)),
         int(dropout.p * 2**32) - 2**31,
         0,
     ]
+
+
+def _broadcast(tensor: Tensor) -> list[int]:
+    """Strides for dimensions of 1 that stand for any size: those of keys that several heads share."""
+    return [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
 
 
 def _joined(parts: Tensor, dim: int, dtype: torch.dtype) -> Tensor:

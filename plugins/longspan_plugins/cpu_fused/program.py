@@ -25,7 +25,9 @@ TILE = 128
 FEW = 8
 """Queries that leave most lanes of a vector empty: torch's operators serve fewer."""
 FAR = 2**60
-"""A reach beyond every position."""
+"""A reach beyond every position: sums of the two are to fit 64 bits."""
+MOST_BRANCHES, LONGEST_PERIOD = 32, 1024
+"""What `dilated.h` holds: branches of a head, and the least common multiple of their rates."""
 
 
 @frozen(eq=False)
@@ -92,7 +94,7 @@ def spans(problem: Problem) -> list[Span]:
 def program_for(problem: Problem, library: Library) -> Program | None:
     """The problem's program; None where tiles would be too small to pay: few queries, or few rows between cuts."""
     pattern = problem.pattern
-    if max((span.queries for span in spans(problem)), default=0) < FEW:
+    if max((span.queries for span in spans(problem)), default=0) < FEW or problem.query_offset >= FAR // 2:
         return None
     if isinstance(pattern, BlockSparse):
         from longspan_plugins.cpu_fused.blocks import block_program
@@ -103,7 +105,7 @@ def program_for(problem: Problem, library: Library) -> Program | None:
     if isinstance(pattern, Dense):
         before, after = FAR, 0 if problem.is_causal else FAR
     elif isinstance(pattern, SlidingWindow):
-        before, after = pattern.left, 0 if problem.is_causal else pattern.right
+        before, after = min(pattern.left, FAR), 0 if problem.is_causal else min(pattern.right, FAR)
     else:
         return None
     parts = [_banded(span, before, after) for span in spans(problem)]
@@ -173,12 +175,13 @@ def _dilated(problem: Problem, pattern: Dilated, library: Library) -> Program | 
     """One softmax over all branches of a row: rows with the same branches and step are tiles of their own."""
     kinds: dict[tuple[Branch, ...], int] = {}
     of_head = torch.tensor([kinds.setdefault(one, len(kinds)) for one in _branches_of_heads(pattern, problem.heads)])
-    rates = {r for branches in kinds for _, r, _ in branches}
+    period = lcm(*(r for branches in kinds for _, r, _ in branches))
     shortest = min(*pattern.segment_lengths, problem.kv_len)
     if (
         max(pattern.dilation_rates) > shortest
-        or shortest // lcm(*rates) < TILE // 4
-        or len(pattern.segment_lengths) > 32
+        or shortest // period < TILE // 4
+        or period > LONGEST_PERIOD
+        or len(pattern.segment_lengths) > MOST_BRANCHES
     ):
         return None
     documents = torch.tensor([[s.query_start, s.key_start, s.first, s.queries, s.keys] for s in spans(problem)])
@@ -195,7 +198,8 @@ def _dilated(problem: Problem, pattern: Dilated, library: Library) -> Program | 
 
 
 def _branches_of_heads(pattern: Dilated, heads: int) -> Iterator[tuple[Branch, ...]]:
-    pairs = list(zip(pattern.segment_lengths, pattern.dilation_rates, strict=True))
+    lengths = (min(w, FAR) for w in pattern.segment_lengths)
+    pairs = list(zip(lengths, pattern.dilation_rates, strict=True))
     if pattern.heads == "grouped":
         size, more = divmod(heads, len(pairs))
         for number, (w, r) in enumerate(pairs):

@@ -7,6 +7,10 @@
 
 enum { KEYS = 64 }; /* keys of a chunk: a panel's scores, KEYS x PANEL floats, stay in the first cache */
 
+/* Scaled scores, to base 2, from which on a fused multiply-add no longer serves: it keeps what the rounded maximum has
+   lost, up to half a unit in the last place, and 2 to that power weighs the key. */
+#define LARGE 65536.0f
+
 typedef struct {
     vf a, b;
 } Pair;

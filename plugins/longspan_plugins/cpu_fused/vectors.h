@@ -1,5 +1,6 @@
 /* Vectors of float: GCC and clang's vector extensions, with the instruction sets' own where those say it better. */
 #pragma once
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -34,6 +35,17 @@ INLINE vf load(const float *at) { return *(const vf_any *)at; }
 INLINE void store(float *at, vf v) { *(vf_any *)at = v; }
 INLINE vf all(float x) { return (vf){0} + x; }
 INLINE vf pick(vi which, vf yes, vf no) { return (vf)(((vi)yes & which) | ((vi)no & ~which)); }
+
+/* Whether any lane is not 0. */
+INLINE int any(vi x) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0;
+#else
+    int32_t found = 0;
+    UNROLL for (int lane = 0; lane < VL; lane++) found |= x[lane];
+    return found != 0;
+#endif
+}
 
 /* The larger; `b` where either is NaN. */
 INLINE vf larger(vf a, vf b) {
