@@ -465,3 +465,20 @@ def test_the_compiler_may_have_arguments_and_spaces(tmp_path, monkeypatch):
     assert library.load.__wrapped__().handle and len(made(tmp_path / "the cache")) == 1
     monkeypatch.setenv("CC", str(spaced))
     assert library.load.__wrapped__().handle and len(made(tmp_path / "the cache")) == 2
+
+
+@NATIVE
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_very_large_scores_of_one_row_leave_the_others_bits(dtype):
+    query, key, value = (x.detach() for x in tensors(1, 2, 2, 100, 100, 16, dtype))
+    louder = key.clone()
+    louder[..., 40, :] = 3e4
+    results = []
+    for keys in (key, louder):
+        q, k, v = (x.clone().requires_grad_() for x in (query, keys, value))
+        out, lse = ls.attention(q, k, v, is_causal=True, backend="cpu_fused", return_lse=True)
+        dquery, _, _ = torch.autograd.grad(out.float().square().sum() + lse[..., :40].sum(), (q, k, v))
+        results.append((out, lse, dquery))
+    for before, after in zip(*results, strict=True):
+        assert torch.equal(before[:, :, :40], after[:, :, :40])
+    assert not torch.equal(results[0][0], results[1][0])

@@ -9,8 +9,8 @@ typedef struct {
     float *query, *dout, *dquery;  /* [panel][x][lane] */
     float *weights, *slope;        /* [panel][key][lane] */
     float *key, *value, *rows;
-    float lse[TILE], held[TILE]; /* `lse` to base 2; natural where it is `large` */
-    int large;
+    float lse[TILE], natural[TILE], held[TILE]; /* `lse` to base 2 and as it is */
+    int large;                                  /* whether any lse is */
 } Trace;
 
 /* sum[key][x] += sum over rows of weights[panel][key][row] * rows[row][x], VL or 2 * VL of x. */
@@ -96,14 +96,16 @@ APART void slopes(const Job *job, const Tile *tile, const Segment *s, int64_t ro
     }
 }
 
-/* Scores become their distance from the lse, to base 2: the rounded product with the scale, as the forward's lse has it,
-   and at most 0, what a rounding elsewhere may have exceeded. */
-APART void settle(int64_t keys, float *scores, const float *lse, float scale) {
-    const vf la = load(lse), lb = load(lse + VL), none = {0};
+/* Scores become their distance from the lse, to base 2. Where it is large, of the rounded product with the scale, as the
+   forward's lse has it, and at most 0, what a rounding elsewhere may have exceeded. */
+APART void settle(int64_t keys, float *scores, const float *lse, const float *natural, float scale, float factor) {
+    const vf limit = all(LARGE), none = {0};
     for (int64_t i = 0; i < 2 * keys; i++) {
-        volatile vf scaled = load(scores + i * VL) * scale; /* not fused with the difference */
-        vf x = (scaled - (i % 2 ? lb : la)) * 1.44269504f;
-        store(scores + i * VL, pick(x > none, none, x));
+        const vf score = load(scores + i * VL), base = load(lse + i % 2 * VL);
+        volatile vf scaled = score * scale; /* not fused with the difference */
+        vf x = (scaled - load(natural + i % 2 * VL)) * 1.44269504f;
+        x = pick(x > none, none, x);
+        store(scores + i * VL, pick((base > limit) | (base < -limit), x, score * factor - base));
     }
 }
 
@@ -128,13 +130,16 @@ static void open_tile(const Job *job, const Tile *tile, int64_t entry, int64_t h
     const float *out = widened(rows_of(job->out, job->out_at, entry, head, tile->index, kind), &out_at, tile->count, dim, dim, kind, t->rows);
     t->large = 0;
     for (int64_t i = 0; i < TILE; i++) {
-        t->lse[i] = INFINITY; /* weights 0, for rows without keys too */
+        t->lse[i] = t->natural[i] = INFINITY; /* weights 0, for rows without keys too */
         t->held[i] = 0;
         if (i >= tile->count) continue;
         const int64_t at = tile->index + i * tile->step;
         const float lse = job->lse[entry * job->lse_at[0] + head * job->lse_at[1] + at * job->lse_at[2]];
-        if (lse != -INFINITY) t->lse[i] = lse * 1.44269504f;
-        if (lse != -INFINITY && fabsf(t->lse[i]) > LARGE) t->large = 1;
+        if (lse != -INFINITY) {
+            t->natural[i] = lse;
+            t->lse[i] = lse * 1.44269504f;
+            if (fabsf(t->lse[i]) > LARGE) t->large = 1;
+        }
         float held = 0;
         const float *o = out + i * out_at, *d = *dout + i * *dout_at;
         vf sum = {0};
@@ -144,11 +149,6 @@ static void open_tile(const Job *job, const Tile *tile, int64_t entry, int64_t h
         for (int lane = 0; lane < VL; lane++) held += sum[lane];
         if (job->dlse) held -= job->dlse[entry * job->dlse_at[0] + head * job->dlse_at[1] + at * job->dlse_at[2]];
         t->held[i] = held;
-    }
-    for (int64_t i = 0; t->large && i < tile->count; i++) {
-        const int64_t at = tile->index + i * tile->step;
-        const float lse = job->lse[entry * job->lse_at[0] + head * job->lse_at[1] + at * job->lse_at[2]];
-        if (lse != -INFINITY) t->lse[i] = lse;
     }
 #if defined(__AVX512BF16__)
     if (paired(job)) {
@@ -211,7 +211,7 @@ static void backward_tile(const Job *job, const Tile *tile, int64_t entry, int64
                     score(keys, dim, key, key_at, t->query + row * dim, weights, keep);
                     score(keys, dim, value, value_at, t->dout + row * dim, slope, keep);
                 }
-                if (t->large) settle(keys, weights, t->lse + row, (float)job->scale);
+                if (t->large) settle(keys, weights, t->lse + row, t->natural + row, (float)job->scale, factor);
                 slopes(job, tile, s, row, k, keys, part, &drop, t, weights, slope, t->large ? 1.0f : factor);
                 (clean ? weigh : weigh_seen)(keys, dim, key, key_at, slope, t->dquery + row * dim, keep);
             }

@@ -67,13 +67,15 @@ APART Pair hide(const Job *job, const Tile *tile, const Segment *s, int64_t row,
     return top;
 }
 
-/* Scores become 2^(score * factor - most), or with `large` 2^((score - most) * factor); returns their sums. */
-INLINE Pair weights_of(int large, int64_t keys, float *scores, Pair most, float factor) {
+/* Scores become 2^(score * factor - most), in the lanes that are `large` 2^((score - top) * factor); returns their sums. */
+INLINE Pair weights_of(int large, int64_t keys, float *scores, Pair most, Pair top, float factor) {
+    const vf limit = all(LARGE);
+    const vi la = (most.a > limit) | (most.a < -limit), lb = (most.b > limit) | (most.b < -limit);
     vf a = {0}, b = {0};
     for (int64_t k = 0; k < keys; k++) {
-        vf x = load(scores + k * PANEL), y = load(scores + k * PANEL + VL);
-        x = exp2_of(large ? (x - most.a) * factor : x * factor - most.a);
-        y = exp2_of(large ? (y - most.b) * factor : y * factor - most.b);
+        vf x = load(scores + k * PANEL), y = load(scores + k * PANEL + VL), fx = x * factor - most.a, fy = y * factor - most.b;
+        x = exp2_of(large ? pick(la, (x - top.a) * factor, fx) : fx);
+        y = exp2_of(large ? pick(lb, (y - top.b) * factor, fy) : fy);
         a += x;
         b += y;
         store(scores + k * PANEL, x);
@@ -86,16 +88,18 @@ INLINE Pair weights_of(int large, int64_t keys, float *scores, Pair most, float 
 APART Pair soften(int64_t keys, float *scores, Pair *top, Pair fresh, Pair *total, float factor) {
     const vf ra = pick(fresh.a == all(-INFINITY), (vf){0}, fresh.a), rb = pick(fresh.b == all(-INFINITY), (vf){0}, fresh.b);
     const vf ma = pick(fresh.a == all(-INFINITY), ra, ra * factor), mb = pick(fresh.b == all(-INFINITY), rb, rb * factor), limit = all(LARGE);
-    Pair fade, sums;
-    if (any((ma > limit) | (ma < -limit) | (mb > limit) | (mb < -limit))) {
-        fade = (Pair){exp2_of((top->a - ra) * factor), exp2_of((top->b - rb) * factor)};
-        sums = weights_of(1, keys, scores, (Pair){ra, rb}, factor);
-    } else {
-        /* `pick` keeps the products from being fused with the differences: an unchanged top fades nothing */
-        const vf oa = pick(top->a == all(-INFINITY), top->a, top->a * factor), ob = pick(top->b == all(-INFINITY), top->b, top->b * factor);
-        fade = (Pair){exp2_of(oa - ma), exp2_of(ob - mb)};
-        sums = weights_of(0, keys, scores, (Pair){ma, mb}, factor);
-    }
+    const vi la = (ma > limit) | (ma < -limit), lb = (mb > limit) | (mb < -limit);
+    /* `pick` keeps the products from being fused with the differences: an unchanged top fades nothing */
+    const vf oa = pick(top->a == all(-INFINITY), top->a, top->a * factor), ob = pick(top->b == all(-INFINITY), top->b, top->b * factor);
+    vf da = oa - ma, db = ob - mb;
+    Pair sums;
+    if (any(la | lb)) { /* lane by lane: what one row sees is not to change another's bits */
+        da = pick(la, (top->a - ra) * factor, da);
+        db = pick(lb, (top->b - rb) * factor, db);
+        sums = weights_of(1, keys, scores, (Pair){ma, mb}, (Pair){ra, rb}, factor);
+    } else
+        sums = weights_of(0, keys, scores, (Pair){ma, mb}, (Pair){ra, rb}, factor);
+    const Pair fade = {exp2_of(da), exp2_of(db)};
     total->a = total->a * fade.a + sums.a;
     total->b = total->b * fade.b + sums.b;
     *top = fresh;
