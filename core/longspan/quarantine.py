@@ -178,7 +178,7 @@ def _files() -> list[tuple[Path, Crash]]:
                 if entry.name.endswith(CRASHED):
                     found += [] if crash is None else [(path, crash)]
                 elif crash is not None and _is_dead(crash):
-                    found.append((_to_record(path, crash), crash))
+                    found += _crashed(path, crash)
                 elif (crash is None or crash.machine != _machine()) and time.time() - status.st_mtime > STALE:
                     _remove(path)
     except (OSError, RuntimeError):  # no such folder, or no home: nothing is known
@@ -198,15 +198,18 @@ def _read(path: Path) -> Crash | None:
     return crash if fits and is_name(crash.name) else None
 
 
-def _to_record(path: Path, crash: Crash) -> Path:
+def _crashed(path: Path, crash: Crash) -> list[tuple[Path, Crash]]:
+    """The record of a process that is gone; none if it came to the end of its import after its file was read."""
     record = path.with_name(_record_name(crash))
     try:
+        if _read(path) != crash:  # final by now
+            return []
         path.replace(record)
-    except FileNotFoundError:  # another process was faster
-        return record
+    except FileNotFoundError:  # removed by its process, or made a record by another
+        return [(record, crash)] if record.exists() else []
     except OSError:  # a folder that we may only read: the file goes on to tell what it tells
-        return path
-    return record
+        return [(path, crash)]
+    return [(record, crash)]
 
 
 def _record_name(crash: Crash) -> str:

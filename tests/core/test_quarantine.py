@@ -381,6 +381,26 @@ def test_forty_processes_at_once(starts):
     assert starts.files == []
 
 
+@pytest.mark.parametrize("leaves", ["removed", "empty", "other"])
+def test_a_process_that_ends_well_after_its_file_was_read(tmp_path, monkeypatch, leaves):
+    """Its file named an import when it was read, and its process was gone when that was looked up."""
+    monkeypatch.setenv("LONGSPAN_CACHE", str(tmp_path))
+    watch = Watch()
+
+    def end(crash):
+        path = next((tmp_path / "quarantine").glob("*.importing"))
+        if leaves == "removed":
+            path.unlink()
+        else:
+            path.write_text("" if leaves == "empty" else json.dumps(asdict(evolve(crash, name="other"))))
+        return True
+
+    with watch.importing("fine", "acme-fine", "1"):
+        monkeypatch.setattr(quarantine, "_is_dead", end)
+        assert quarantine.crashes() == ()
+    watch.close()
+
+
 def test_all_at_once_find_the_one_that_crashed(starts):
     """They find the same file, and only one of them can make it a record."""
     starts.install("crash", "os.abort()")
