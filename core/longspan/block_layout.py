@@ -43,17 +43,32 @@ class BlockLayout:
         return sum(found[head].pairs for found in self.blocks for head in range(len(found.of_head)))
 
     @property
+    def block_size(self) -> int:
+        """In tokens; 1 where there is no document."""
+        return self.blocks[0].layouts[0].block_size if self.blocks else 1
+
+    @property
+    def possible(self) -> int:
+        """All pairs within documents, over all heads: what dense attention computes."""
+        both = zip(self.spans, self.blocks, strict=True)
+        return max(1, sum(span.queries * span.keys * len(found.of_head) for span, found in both))
+
+    @property
     def density(self) -> float:
         """Kept pairs over all pairs within documents, over all heads."""
-        both = zip(self.spans, self.blocks, strict=True)
-        return self.pairs / max(1, sum(span.queries * span.keys * len(found.of_head) for span, found in both))
+        return self.pairs / self.possible
+
+    @cached_property
+    def computed(self) -> tuple[int, int]:
+        """Pairs of full and of partial blocks, kept or masked, over all heads, for one batch entry."""
+        made = [[_computed(csr) for csr in found.layouts] for found in self.blocks]
+        each = [made[number][which] for number, found in enumerate(self.blocks) for which in found.of_head]
+        return sum(full for full, _ in each), sum(partial for _, partial in each)
 
     @property
     def products(self) -> float:
-        """The modelled cost: pairs that are computed, kept or masked, over those of dense attention."""
-        both = list(zip(self.spans, self.blocks, strict=True))
-        computed = sum(_computed(found[head]) for _, found in both for head in range(len(found.of_head)))
-        return computed / max(1, sum(span.queries * span.keys * len(found.of_head) for span, found in both))
+        """Pairs that are computed, kept or masked, over those of dense attention."""
+        return sum(self.computed) / self.possible
 
     @property
     def nbytes(self) -> int:
@@ -68,9 +83,8 @@ class BlockLayout:
 
     def __str__(self) -> str:
         full, partial = self.count()
-        size = self.blocks[0].layouts[0].block_size if self.blocks else 0
-        words = [f"batched dense calls over {full:,} full blocks of {size}"]
-        words += [f"{partial:,} partial ones masked by the core"] if partial else []
+        words = [f"{full:,} full blocks of {self.block_size}"]
+        words += [f"{partial:,} partial ones under masks"] if partial else []
         return f"{', '.join(words)}; density {self.density:.3%}, {self.pairs:,} query-key pairs per batch entry"
 
     def __repr__(self) -> str:
@@ -81,8 +95,9 @@ def _full(csr: BlockCSR) -> int:
     return int((csr.tiles == FULL).sum())
 
 
-def _computed(csr: BlockCSR) -> int:
+def _computed(csr: BlockCSR) -> tuple[int, int]:
     with torch.device("cpu"):
         low, high = csr.grid.row_spans()
-        widths = csr.grid.column_spans()[csr.indices.long()]
-    return int((torch.repeat_interleave(high - low, csr.indptr.diff()) * widths).sum())
+        pairs = torch.repeat_interleave(high - low, csr.indptr.diff()) * csr.grid.column_spans()[csr.indices.long()]
+    full = int(pairs[csr.tiles == FULL].sum())
+    return full, int(pairs.sum()) - full

@@ -13,6 +13,7 @@ from longspan.block_layout import BlockLayout
 from longspan.layout import Heads
 from longspan.lowering import head_pairs
 from longspan.patterns import Dense
+from longspan.progressions import progressions
 from longspan.spec import Problem
 from longspan.tensors import wide_dtype
 
@@ -74,7 +75,7 @@ def schedule(problem: Problem, layout: BlockLayout) -> tuple[Job, ...]:
     for number, found in enumerate(layout.blocks):
         for which in range(len(found.layouts)):
             mine = [head for head, one in enumerate(found.of_head) if one == which]
-            pairs = [pair for heads in _progressions(mine) for pair in head_pairs(heads, problem)]
+            pairs = [pair for heads in progressions(mine) for pair in head_pairs(heads, problem)]
             for group in layout.groups[number, which]:
                 jobs += [_job(problem, (number, which), group, *pair) for pair in pairs]
     return tuple(jobs)
@@ -147,18 +148,6 @@ def _chunks(batch: int, kv_heads: int, rows: int, line: int, row: int, pairs: in
         yield Chunk(
             slice(b, min(b + entries, batch)), slice(h, min(h + heads, kv_heads)), slice(r, min(r + some, rows))
         )
-
-
-def _progressions(heads: Sequence[int]) -> Iterator[Heads]:
-    """Head numbers, ascending, as few regular runs as a greedy look finds."""
-    start = 0
-    while start < len(heads):
-        stop = start + 1
-        step = heads[stop] - heads[start] if stop < len(heads) else 1
-        while stop < len(heads) and heads[stop] - heads[stop - 1] == step:
-            stop += 1
-        yield Heads(heads[start], stop - start, step)
-        start = stop
 
 
 def _size(part: slice) -> int:

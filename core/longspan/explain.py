@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from attrs import evolve
 
+from longspan import block_cost
 from longspan.block_layout import BlockLayout
 from longspan.block_schedule import dense_parts, schedule
 from longspan.block_sparse import BlockSparse
@@ -15,7 +16,7 @@ from longspan.lowering import dense_problem, lower
 from longspan.policy import current
 from longspan.profile import current_profile
 from longspan.resolve import is_native, refusals, resolve
-from longspan.spec import Candidate, Device, Problem, Reason, Resolution
+from longspan.spec import Candidate, Capabilities, Device, Problem, Reason, Resolution
 from longspan.topk_blocks import TopKBlocks
 from longspan.topk_stand_in import stand_in
 
@@ -37,9 +38,16 @@ def explain(problem: Problem, device: Device | str | None = None, *, backend: st
     if device is not None:
         problem = problem.replace(device=device)
     if isinstance(problem.pattern, TopKBlocks):
-        found = explain(stand_in(problem), backend=backend)
+        found = _weighed(stand_in(problem), backend, may_mask=False)
         return evolve(found, problem=problem, notes=(_approximation(problem.pattern), *found.notes))
+    return _weighed(problem, backend)
+
+
+def _weighed(problem: Problem, backend: str | None, may_mask: bool = True) -> Resolution:
+    """`may_mask`: blocks may run as dense attention under a mask, where that costs less."""
     candidates, policy = registry.candidates(), current(backend)
+    if not may_mask:
+        candidates = tuple(_without_mask(one) for one in candidates)
     profile = current_profile(problem.device.name) if present(problem.device) else None
     measured = profile.seconds(problem) if profile else {}
     resolution = resolve(problem, candidates, policy, measured=measured)
@@ -55,6 +63,15 @@ def explain(problem: Problem, device: Device | str | None = None, *, backend: st
     return evolve(resolution, notes=(*resolution.notes, *notes))
 
 
+def _without_mask(candidate: Candidate) -> Candidate:
+    can = candidate.info.capabilities
+    return (
+        candidate
+        if can is None
+        else evolve(candidate, info=evolve(candidate.info, capabilities=evolve(can, mask=False)))
+    )
+
+
 def _approximation(pattern: TopKBlocks) -> str:
     return (
         f"{pattern!r} approximates dense attention: it keeps {pattern.k} blocks of keys for each block of queries, "
@@ -65,15 +82,15 @@ def _approximation(pattern: TopKBlocks) -> str:
 
 def _refused_parts(problem: Problem, candidates: Sequence[Candidate]) -> dict[str, tuple[Reason, ...]]:
     """What backends hold against the dense problems that this problem lowers to; of one kind, the first."""
-    lowered: dict[tuple[bool, bool], list[Problem]] = {}
+    lowered: dict[tuple[bool, bool, bool], list[Problem]] = {}
     refused = {}
     for candidate in candidates:
         can = candidate.info.capabilities
         if can is None or is_native(problem, can):
             continue
-        means = can.gqa, can.causal
+        means = can.gqa, can.causal, can.mask
         if means not in lowered:
-            lowered[means] = _dense_problems(problem, *means)
+            lowered[means] = _dense_problems(problem, can)
         found: dict[tuple[str, str], Reason] = {}
         for part in lowered[means]:
             for reason in refusals(part, candidate):
@@ -83,11 +100,13 @@ def _refused_parts(problem: Problem, candidates: Sequence[Candidate]) -> dict[st
     return refused
 
 
-def _dense_problems(problem: Problem, gqa: bool, causal: bool) -> list[Problem]:
-    layout = lower(problem, may_be_causal=causal)
+def _dense_problems(problem: Problem, can: Capabilities) -> list[Problem]:
+    layout = lower(problem, may_be_causal=can.causal)
+    if isinstance(layout, BlockLayout):
+        layout = block_cost.settle(problem, layout, can)
     if isinstance(layout, BlockLayout):
         return list(dense_parts(problem, schedule(problem, layout)).values())
-    return list(dict.fromkeys(dense_problem(problem, call, gqa) for call in layout.calls))
+    return list(dict.fromkeys(dense_problem(problem, call, can.gqa) for call in layout.calls))
 
 
 def _block_notes(problem: Problem, resolution: Resolution, candidates: Sequence[Candidate]) -> list[str]:
@@ -100,11 +119,15 @@ def _block_notes(problem: Problem, resolution: Resolution, candidates: Sequence[
         return ["the pattern keeps every pair that there is here: it runs as dense attention, which no blocks beat"]
     if chosen is None or is_native(problem, chosen):
         return []
+    costs = block_cost.model(problem, layout, chosen)
+    modelled = "" if costs is None else f"; modelled: {costs}"
+    if costs is not None and costs.is_masked:
+        return [f"{resolution.chosen} runs dense attention under a mask{modelled}"]
     full, partial = layout.count()
     size = problem.pattern.block_size
     who = f"{resolution.chosen} runs {full:,} full blocks of {size}"
     who += f", the core {partial:,} partial ones under their masks" if partial else ""
-    return [f"{who}: {layout.products:.1%} of dense attention's products"]
+    return [f"{who}: {layout.products:.1%} of dense attention's products{modelled}"]
 
 
 def present(device: Device) -> bool:

@@ -40,7 +40,7 @@ def render_matrix(rows: Iterable[BackendInfo]) -> str:
 
 
 def _arguments(can: Capabilities) -> list[str]:
-    names = ("causal", "gqa", "dropout", "documents", "window", "query_offset", "deterministic")
+    names = ("causal", "mask", "gqa", "dropout", "documents", "window", "query_offset", "deterministic")
     return [name for name in names if getattr(can, name)]
 
 

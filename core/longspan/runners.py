@@ -10,7 +10,9 @@ from attrs import evolve
 from torch import Tensor
 
 from longspan.autograd import Runner
+from longspan.block_cost import settle
 from longspan.block_layout import BlockLayout
+from longspan.block_masked import MaskedLayout, MaskedStep
 from longspan.block_runner import BlockRunner
 from longspan.block_schedule import dense_parts, schedule
 from longspan.block_sparse import BlockSparse
@@ -34,7 +36,7 @@ __all__ = ["DirectRunner", "LoweredRunner", "make_runner"]
 
 
 def make_runner(
-    problem: Problem, backend: str, pattern_cache: LayoutStore | None = None
+    problem: Problem, backend: str, pattern_cache: LayoutStore | None = None, *, weighs: bool = True
 ) -> DirectRunner | LoweredRunner | BlockRunner | ChoosingRunner:
     """Make the kernels of a backend for a problem: with `providers`, the only place where its hooks are called.
 
@@ -42,13 +44,17 @@ def make_runner(
         problem: what is to be computed.
         backend: by whom.
         pattern_cache: a store of layouts of the caller's own.
+        weighs: a block-sparse pattern may run as dense attention under a mask where that costs less; not where blocks
+            are chosen from content, of which later tokens would then decide how earlier ones are computed.
 
     Raises:
         PluginError: the backend returned what the hook contract does not allow.
     """
     if isinstance(problem.pattern, TopKBlocks):
-        return ChoosingRunner(problem, partial(make_runner, backend=backend, pattern_cache=NothingKept()))
+        return ChoosingRunner(problem, partial(make_runner, backend=backend, pattern_cache=NothingKept(), weighs=False))
     can = registry.capabilities(backend)
+    if not weighs:
+        can = evolve(can, mask=False)
     if can.runs("dense") and (dense := as_dense(problem, may_be_causal=can.causal)) is not None:
         return make_runner(dense, backend, pattern_cache)
     layout = layout_of(problem, backend, pattern_cache)
@@ -67,21 +73,28 @@ def make_runner(
         layout = lower(problem, may_be_causal=can.causal)
     kernels: list[Kernel] = []
 
-    def step_for(dense: Problem) -> Step:
+    def kernel_for(dense: Problem) -> Kernel:
         kernels.append(_kernel(dense, lower(dense), backend, lender))
-        return Step(kernels[-1], backend, gqa=can.gqa, is_causal=dense.is_causal, scale=dense.scale)
+        return kernels[-1]
 
     if isinstance(layout, BlockLayout):
+        layout = settle(problem, layout, can)
+    if isinstance(layout, BlockLayout):
         jobs = schedule(problem, layout)
-        parts = {key: step_for(dense) for key, dense in dense_parts(problem, jobs).items()}
+        parts = {
+            key: Step(kernel_for(dense), backend, gqa=can.gqa, is_causal=False, scale=dense.scale)
+            for key, dense in dense_parts(problem, jobs).items()
+        }
         return BlockRunner(layout, jobs, parts, problem.scale, kernels, lender)
-    made: dict[Problem, Step] = {}
-    steps = []
-    for call in layout.calls:
+    made: dict[Problem, Kernel] = {}
+    steps: list[Step] = []
+    for number, call in enumerate(layout.calls):
         dense = dense_problem(problem, call, can.gqa)
-        if dense not in made:
-            made[dense] = step_for(dense)
-        steps.append(made[dense])
+        kernel = made[dense] = made.get(dense) or kernel_for(dense)
+        if isinstance(layout, MaskedLayout):
+            steps.append(MaskedStep(kernel, backend, gqa=can.gqa, scale=dense.scale, slab=layout.slabs[number]))
+        else:
+            steps.append(Step(kernel, backend, gqa=can.gqa, is_causal=dense.is_causal, scale=dense.scale))
     return LoweredRunner(layout, steps, kernels, lender)
 
 

@@ -288,6 +288,8 @@ class Capabilities:
         dtypes: names out of float16, bfloat16, float32, float64.
         patterns: what the kernel does natively; with `dense` among them the core lowers every other pattern to it.
         causal: the dense kernel takes `is_causal` for as many queries as keys.
+        mask: the dense kernel's forward and backward also take `mask=`, `(1, 1, q_len, kv_len)` of query's dtype: 0
+            where a query sees a key, else -inf.
         gqa: takes fewer key heads than query heads; else the core passes key heads as stride-0 views.
         dropout, documents, window, query_offset: native support of these arguments.
         backward: the `Kernel` has a backward; else the core's blockwise backward serves.
@@ -304,6 +306,7 @@ class Capabilities:
     dtypes: tuple[str, ...] = field(default=(), converter=_texts)
     patterns: tuple[str, ...] = field(default=(), converter=_texts)
     causal: bool = False
+    mask: bool = False
     gqa: bool = False
     dropout: bool = False
     documents: bool = False

@@ -72,24 +72,35 @@ def test_densities_give_a_row_for_each_direction_and_share(dtype):
     rows = Rows()
     block_sparse.densities(rows, "reference", 64, dtype, 2, block_sparse.LIMITS, heads=1, block_size=8)
     directions = ["forward", "backward"] + ["attention and autograd"] * (dtype == "float32")
-    assert len(rows.rows) == 3 * len(directions)
+    assert len(rows.rows) == 4 * len(directions)
     assert list(rows.rounds) == [f"reference {dtype} N=64 {direction}" for direction in directions]
     for seconds in rows.rounds.values():
-        assert {name: len(one) for name, one in seconds.items()} == {"dense": 2, "10%": 2, "50%": 2, "100%": 2}
+        assert {name: len(one) for name, one in seconds.items()} == {
+            "dense": 2,
+            "10%": 2,
+            "50%": 2,
+            "90%": 2,
+            "100%": 2,
+        }
     for row in rows.rows:
         assert {key: type(value) for key, value in row.items()} == ROW
-    assert [row["density"] for row in rows.rows[:3]] == [0.125, 0.5, 1.0]  # what was drawn, not what was asked for
-    assert [row["limit"] for row in rows.rows[:3]] == ["<= 1.25", "<= 1.15", "<= 1.05"]
+    assert [row["density"] for row in rows.rows[:4]] == [
+        0.125,
+        0.5,
+        0.875,
+        1.0,
+    ]  # what was drawn, not what was asked for
+    assert [row["limit"] for row in rows.rows[:4]] == ["<= 1.25", "<= 1.15", "<= 1.15", "<= 1.05"]
 
 
 def test_the_figure_is_the_share_of_denses_time_over_the_density(monkeypatch):
-    seconds = {"dense": [8.0, 8.0], "10%": [2.0, 2.0], "50%": [4.0, 4.0], "100%": [12.0, 12.0]}
+    seconds = {"dense": [8.0, 8.0], "10%": [2.0, 2.0], "50%": [4.0, 4.0], "90%": [8.0, 8.0], "100%": [12.0, 12.0]}
     monkeypatch.setattr(block_sparse, "interleave", lambda sides, rounds: {name: seconds[name] for name in sides})
     rows = Rows()
     block_sparse.densities(rows, "reference", 64, "bfloat16", 2, block_sparse.LIMITS, heads=1, block_size=8)
-    assert [row["figure"] for row in rows.rows] == [2.0, 1.0, 1.5] * 2
-    assert [row["over_dense"] for row in rows.rows] == [0.25, 0.5, 1.5] * 2
-    assert [row["holds"] for row in rows.rows] == [False, True, False] * 2
+    assert [row["figure"] for row in rows.rows] == [2.0, 1.0, pytest.approx(1 / 0.875), 1.5] * 2
+    assert [row["over_dense"] for row in rows.rows] == [0.25, 0.5, 1.0, 1.5] * 2
+    assert [row["holds"] for row in rows.rows] == [False, True, True, False] * 2
 
 
 def test_without_limits_nothing_is_judged():
@@ -257,3 +268,10 @@ def test_bad_options_are_refused_by_name(capsys):
     assert code == 2 and "--threads" in err
     with pytest.raises(ArgumentError):
         block_sparse._parts("")
+
+
+def test_tiles_give_a_row_for_each_block_size_and_direction():
+    rows = Rows()
+    block_sparse.tiles(rows, "reference", 256, "float32", 1)
+    assert len(rows.rows) == 2 * 6
+    assert all(row["figure"] > 0 for row in rows.rows)

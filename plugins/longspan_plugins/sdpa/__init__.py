@@ -6,7 +6,6 @@ blockwise arithmetic. Called by name, so that what runs is what was chosen.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from longspan import Capabilities, Kernel, Problem, Reason, blockwise, hookimpl
 from longspan_plugins.flash import aten as aten_flash
+from longspan_plugins.sdpa import cpu
 
 aten: Any = torch.ops.aten
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -29,6 +29,7 @@ def longspan_capabilities() -> Capabilities:
         dtypes=("float16", "bfloat16", "float32", "float64"),
         patterns=("dense",),
         causal=True,
+        mask=True,
         gqa=True,
         dropout=True,
         backward=True,
@@ -53,14 +54,25 @@ def longspan_kernel(problem: Problem) -> Kernel:
     """
     given: dict[str, Any] = {"is_causal": problem.is_causal, "scale": problem.scale}
     forward, backward, operator = _operators(problem)
+    if forward is not cpu.forward:  # which takes masks itself
+        forward, backward = _masking(forward, blockwise.forward), _masking(backward, blockwise.backward)
     return Kernel(partial(forward, **given), partial(backward, **given), (operator,), f"torch {torch.__version__}")
+
+
+def _masking(run: Callable[..., Any], blocked: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator that takes no mask; with one the core's arithmetic runs."""
+
+    def running(*tensors: Tensor, mask: Tensor | None = None, **given: Any) -> Any:
+        return run(*tensors, **given) if mask is None else blocked(*tensors, mask=mask == 0, **given)
+
+    return running
 
 
 def _operators(problem: Problem) -> tuple[Callable[..., Any], Callable[..., Any], str]:
     device = problem.device.type
     if not problem.dropout_p and problem.scale > 0:
         if device == "cpu":
-            return _cpu_forward, _cpu_backward, "aten::_scaled_dot_product_flash_attention_for_cpu"
+            return cpu.forward, cpu.backward, "aten::_scaled_dot_product_flash_attention_for_cpu"
         if device in ("cuda", "rocm") and _takes_flash(problem):
             return aten_flash.forward, aten_flash.backward, "aten::_scaled_dot_product_flash_attention"
         if device in ("cuda", "rocm") and problem.dtype != "float64" and problem.head_dim % 8 == 0:
@@ -71,43 +83,6 @@ def _operators(problem: Problem) -> tuple[Callable[..., Any], Callable[..., Any]
 def _takes_flash(problem: Problem) -> bool:
     recent = problem.device.type == "rocm" or problem.device.matches("cuda>=8.0")
     return recent and problem.dtype in ("float16", "bfloat16") and problem.head_dim % 8 == 0 and problem.head_dim <= 256
-
-
-# ------------------------------------------------------------------------------------------------------------- cpu
-
-_cpu_flash = aten._scaled_dot_product_flash_attention_for_cpu.default
-_cpu_flash_backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-
-
-def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse = _cpu_flash(query, key, value, 0.0, is_causal, scale=scale)
-    group = query.shape[1] // key.shape[1]
-    if is_causal and not _finite(out):  # the operator multiplies masked weights, and 0 times NaN is NaN
-        out, lse = _cpu_flash(query, key, torch.where(value.isfinite(), value, 0.0), 0.0, True, scale=scale)
-        out = out + blockwise.taint(value).repeat_interleave(group, 1)
-    if not lse.all() and not (_finite(query) and _finite(key)):  # it makes rows whose scores are all NaN zero
-        bad = (~key.isfinite()).any(-1).repeat_interleave(group, 1)
-        seen = bad.cummax(-1).values if is_causal else bad.any(-1, keepdim=True)
-        zeroed = (lse == 0) & ((~query.isfinite()).any(-1) | seen)
-        out, lse = out.masked_fill(zeroed.unsqueeze(-1), math.nan), lse.masked_fill(zeroed, math.nan)
-    return out, lse
-
-
-def _cpu_backward(
-    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *, is_causal: bool, scale: float
-) -> Gradients:
-    result: Gradients = _cpu_flash_backward(dout, query, key, value, out, lse, 0.0, is_causal, scale=scale)
-    if is_causal and not all(map(_finite, result)):
-        return blockwise.backward(dout, query, key, value, out, lse, is_causal=True, scale=scale)
-    return result
-
-
-def _finite(tensor: Tensor) -> bool:
-    """Whether all values are finite: mostly by their sum alone, which reads the tensor once and writes nothing.
-
-    Not in another dtype: torch would sum a copy. A sum that overflows only costs the second look.
-    """
-    return math.isfinite(tensor.sum()) or bool(tensor.isfinite().all())
 
 
 # ------------------------------------------------------------------------------------------------------------ cuda

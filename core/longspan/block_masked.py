@@ -1,0 +1,177 @@
+"""Dense attention under a mask: how a block-sparse layout runs where it keeps so much that blocks would not pay.
+
+Slabs of many query rows read the keys from the first to the last that any of their rows sees. The mask of a slab is
+made when it runs and thrown away, so memory stays O(non-zeros) but for one slab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from longspan import blockwise
+from longspan.block_csr import BlockCSR
+from longspan.block_layout import BlockLayout
+from longspan.block_tiles import FULL
+from longspan.execution import Step
+from longspan.layout import Call, Heads, Layout
+from longspan.lowering import head_pairs
+from longspan.progressions import progressions
+from longspan.spec import Kernel, Problem
+from longspan.strips import Span
+
+__all__ = ["MaskedLayout", "MaskedStep", "Slab", "masked_layout", "masked_pairs"]
+
+ROWS, KEYS = 1024, 8192
+"""Queries and keys of a slab, about: tall enough for every kernel, 32 MiB of mask at most in float32."""
+
+
+@frozen(eq=False)
+class Slab:
+    """Block rows and block columns of a layout that run as one dense call; both count from the document's first."""
+
+    csr: BlockCSR
+    rows: slice
+    columns: slice
+
+    @property
+    def queries(self) -> slice:
+        """The queries of the block rows, among the document's."""
+        size, csr = self.csr.block_size, self.csr
+        lead = csr.query_offset - csr.first_row * size  # queries that the first block row lacks
+        return slice(max(0, self.rows.start * size - lead), min(csr.q_len, self.rows.stop * size - lead))
+
+    @property
+    def keys(self) -> slice:
+        """The keys of the block columns."""
+        size = self.csr.block_size
+        return slice(self.columns.start * size, min(self.csr.kv_len, self.columns.stop * size))
+
+    def mask(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """`(1, 1, queries, keys)`: 0 where a query sees a key, else -inf."""
+        csr, size = self.csr, self.csr.block_size
+        low, high = self.rows.start, self.rows.stop
+        with torch.inference_mode(False), torch.device("cpu"):
+            ends = csr.indptr[low : high + 1]
+            entries = slice(int(ends[0]), int(ends[-1]))
+            row = torch.repeat_interleave(torch.arange(high - low), ends.diff())
+            column = csr.indices[entries].long() - self.columns.start
+            states = csr.tiles[entries].long()
+            mine = (column >= 0) & (column < self.columns.stop - self.columns.start)
+            row, column, states = row[mine], column[mine], states[mine]
+            made = torch.full((high - low, size, self.columns.stop - self.columns.start, size), -torch.inf, dtype=dtype)
+            blocks = made.transpose(1, 2)
+            full = states == FULL
+            blocks[row[full], column[full]] = 0.0
+            if not bool(full.all()):
+                partial, place = torch.unique(states[~full] - 1, return_inverse=True)
+                tiles = torch.zeros(len(partial), size, size, dtype=dtype)
+                blocks[row[~full], column[~full]] = tiles.masked_fill_(~csr.masks[partial], -torch.inf)[place]
+        lead = max(0, csr.query_offset - csr.first_row * size - low * size)
+        queries, keys = self.queries.stop - self.queries.start, self.keys.stop - self.keys.start
+        return made.view((high - low) * size, -1)[None, None, lead : lead + queries, :keys].to(device)
+
+
+class MaskedStep(Step):
+    """A kernel under the mask of one slab."""
+
+    __slots__ = ("slab",)
+
+    def __init__(self, kernel: Kernel, backend: str, *, gqa: bool, scale: float, slab: Slab) -> None:
+        super().__init__(kernel, backend, gqa=gqa, is_causal=False, scale=scale)
+        self.slab = slab
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
+        """The kernel's forward under the mask."""
+        return super().forward(query, key, value, mask=self.slab.mask(query.dtype, query.device), **given)
+
+    def backward(self, *tensors: Tensor, dlse: Tensor | None, **given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The kernel's backward under the mask, or the core's."""
+        mask = self.slab.mask(tensors[0].dtype, tensors[0].device)
+        if self._backward is not None and dlse is None:
+            return super().backward(*tensors, dlse=None, mask=mask, **given)
+        given |= {"is_causal": False, "scale": self.scale, "dlse": dlse, "mask": mask == 0}
+        return blockwise.backward(*tensors, **given)
+
+
+@frozen
+class MaskedLayout(Layout):
+    """Dense calls under the masks of these slabs, one for each call."""
+
+    slabs: tuple[Slab, ...]
+
+    def __str__(self) -> str:
+        return f"{Layout.__str__(self)} under masks"
+
+
+def masked_layout(problem: Problem, layout: BlockLayout) -> MaskedLayout:
+    """The blocks as dense calls under masks.
+
+    Args:
+        problem: a block-sparse problem.
+        layout: its blocks.
+    """
+    calls: list[Call] = []
+    slabs: list[Slab] = []
+    covering = 0
+    for span, found in zip(layout.spans, layout.blocks, strict=True):
+        for which, csr in enumerate(found.layouts):
+            mine = [head for head, one in enumerate(found.of_head) if one == which]
+            pairs = [pair for heads in progressions(mine) for pair in head_pairs(heads, problem)]
+            for slab, is_first in _slabs(csr):
+                covering += is_first * len(mine) * (slab.queries.stop - slab.queries.start)
+                calls += [_call(span, slab, is_first, *pair) for pair in pairs]
+                slabs += [slab] * len(pairs)
+    return MaskedLayout(tuple(calls), covering == problem.heads * problem.q_len, tuple(slabs))
+
+
+def masked_pairs(layout: BlockLayout) -> int:
+    """Query-key pairs that `masked_layout` computes, kept or not, over all heads, for one batch entry."""
+    found = 0
+    for span, blocks in zip(layout.spans, layout.blocks, strict=True):
+        for which, csr in enumerate(blocks.layouts):
+            size = csr.block_size
+            rows, starts, stops = _extents(csr)
+            lead = csr.query_offset - csr.first_row * size
+            queries = ((rows + _height(csr)) * size - lead).clamp_(max=span.queries) - (rows * size - lead).clamp_(
+                min=0
+            )
+            keys = (stops * size).clamp_(max=span.keys) - starts * size
+            found += int((queries * keys).sum()) * blocks.of_head.count(which)
+    return found
+
+
+def _call(span: Span, slab: Slab, is_first: bool, heads: Heads, kv_heads: Heads) -> Call:
+    queries, keys = slab.queries, slab.keys
+    rows = span.query_rows(span.first + queries.start, queries.stop - queries.start)
+    return Call(heads, kv_heads, rows, span.key_rows(keys.start, keys.stop - keys.start), False, is_first)
+
+
+def _slabs(csr: BlockCSR) -> Iterator[tuple[Slab, bool]]:
+    """The slabs of a layout, those of the same rows in turn, and whether each is their first."""
+    width = max(1, KEYS // csr.block_size)
+    for low, start, stop in zip(*(one.tolist() for one in _extents(csr)), strict=True):
+        rows = slice(low, min(low + _height(csr), csr.rows))
+        for left in range(start, stop, width):
+            yield Slab(csr, rows, slice(left, min(left + width, stop))), left == start
+
+
+def _extents(csr: BlockCSR) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the slabs that keep anything: the first block row, the first block column and the one after the last."""
+    with torch.device("cpu"):
+        kept = csr.indptr.diff().nonzero().squeeze(1)
+        slab = kept // _height(csr)
+        count = -(-csr.rows // _height(csr))
+        first, last = csr.indices[csr.indptr[kept]].long(), csr.indices[csr.indptr[kept + 1] - 1].long()
+        starts = torch.full((count,), csr.columns).scatter_reduce_(0, slab, first, "amin")
+        stops = torch.zeros(count, dtype=torch.int64).scatter_reduce_(0, slab, last + 1, "amax")
+        there = stops.nonzero().squeeze(1)
+        return there * _height(csr), starts[there], stops[there]
+
+
+def _height(csr: BlockCSR) -> int:
+    return max(1, ROWS // csr.block_size)
