@@ -1,8 +1,9 @@
 """Attention as a fixed handful of batched products, whatever the number of blocks.
 
 Blocks of one size are a batch: scores, softmax statistics and weighted sums are one launch each over all of them, at
-most ten launches a forward in single precision (half precision adds its two casts). It holds the scores of a launch at
-once, so the core hands it launches of bounded size.
+most ten launches a forward in single precision (half precision adds its casts, queries without keys two). It holds all
+scores at once. Patterns whose blocks are ragged or too many come from the core as dense launches of bounded size; rows
+of very unequal numbers of blocks are batches of their own.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from longspan import Capabilities, Kernel, Problem, Reason, blockwise, hookimpl
+from longspan import BlockLayout, Capabilities, Kernel, Problem, Reason, blockwise, hookimpl
 
 SCORES = 2**28
 """Query-key pairs that one launch may hold."""
@@ -22,11 +24,11 @@ SCORES = 2**28
 
 @hookimpl
 def longspan_capabilities() -> Capabilities:
-    """Dense blocks on any device, with a backward of batched products too; by name."""
+    """Dense blocks and block-sparse patterns on any device, with a backward of batched products too; by name."""
     return Capabilities(
         devices=("cpu", "cuda", "rocm", "mps", "xpu"),
         dtypes=("float16", "bfloat16", "float32", "float64"),
-        patterns=("dense",),
+        patterns=("dense", "block_sparse"),
         causal=True,
         backward=True,
         deterministic=True,
@@ -43,8 +45,16 @@ def longspan_unsupported(problem: Problem) -> Iterable[Reason]:
 
 
 @hookimpl
-def longspan_kernel(problem: Problem) -> Kernel:
-    """Batched products over all blocks."""
+def longspan_kernel(problem: Problem, layout: Any) -> Kernel | None:
+    """Batched products over all blocks; None for ragged ones, or more than can be held at once: they are lowered."""
+    if isinstance(layout, BlockLayout):
+        from longspan_plugins.block_sparse_batched.blocks import block_kernel
+
+        return block_kernel(problem, layout, SCORES)
+    return _dense_kernel(problem)
+
+
+def _dense_kernel(problem: Problem) -> Kernel:
     is_causal, scale = problem.is_causal, problem.scale
     wide = torch.float64 if problem.dtype == "float64" else torch.float32
 

@@ -1,0 +1,154 @@
+"""Block-sparse attention in ten launches: gathered blocks, one batched product for all scores, one for all sums."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspan import BlockLayout, Kernel, Problem, containment
+from longspan_plugins.block_sparse_batched.batches import Batch, batches_of
+
+__all__ = ["block_kernel"]
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+log_softmax: Any = torch.ops.aten._log_softmax.out
+
+
+def block_kernel(problem: Problem, layout: BlockLayout, most: int) -> Kernel | None:
+    """The kernel of a block-sparse problem; None where its blocks are ragged, or more than `most` pairs at once."""
+    wide = torch.float64 if problem.dtype == "float64" else torch.float32
+    batches = batches_of(layout, problem.batch, wide)
+    if batches is None or sum(one.pairs for one in batches) > most:
+        return None
+    scale = problem.scale
+    on: dict[torch.device, tuple[Batch, ...]] = {}
+
+    def there(device: torch.device) -> tuple[Batch, ...]:
+        if device not in on:
+            with torch.inference_mode(False):
+                on[device] = tuple(one.to(device) for one in batches)
+        return on[device]
+
+    def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = (x.to(wide).flatten(0, 2) for x in (query, key, value))
+        found = there(query.device)
+        if len(found) == 1 and found[0].rows is None:
+            out, lse = _attend(found[0], q, k, v, scale)
+        else:
+            out, lse = torch.zeros_like(q), q.new_full((len(q),), -math.inf)
+            for one in found:
+                part, part_lse = _attend(one, q, k, v, scale)
+                assert one.rows is not None  # several batches share the rows
+                _lines(out, one.size).index_copy_(0, one.rows, part)
+                lse.view(-1, one.size).index_copy_(0, one.rows, part_lse)
+        return out.view(query.shape).to(query.dtype), lse.view(query.shape[:3])
+
+    def backward(
+        dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows = [x.to(wide).flatten(0, 2) for x in (dout, query, out)]
+        k, v = (x.to(wide).flatten(0, 2) for x in (key, value))
+        dquery, dkey, dvalue = torch.zeros_like(rows[1]), torch.zeros_like(k), torch.zeros_like(v)
+        for one in there(query.device):
+            dq, dk, dv = _gradients(one, rows[0], rows[1], rows[2], k, v, lse.to(wide).flatten(), scale)
+            if one.rows is None:
+                dquery = dq
+            else:
+                _lines(dquery, one.size).index_copy_(0, one.rows, dq)
+            for total, part in ((dkey, dk), (dvalue, dv)):
+                _lines(total, one.size).index_add_(0, one.blocks, part.reshape(-1, one.size, part.shape[-1]))
+        both = ((dquery, query), (dkey, key), (dvalue, value))
+        dquery, dkey, dvalue = (grad.view(like.shape).to(like.dtype) for grad, like in both)
+        return dquery, dkey, dvalue
+
+    return Kernel(forward, backward, ("aten::baddbmm", "aten::bmm"))
+
+
+def _attend(batch: Batch, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`(lines, size, head_dim)` and `(lines, size)` of tensors `(tokens, head_dim)`."""
+    q, k, v = _rows(batch, query), _keys(batch, key), _keys(batch, value)
+    out, lse = _products(batch, q, k, v, scale)
+    if batch.masks is not None and not math.isfinite(out.sum()) and not containment.is_finite(q, k, v):
+        # One head of many lines, for the core's arithmetic.
+        def run(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+            clean = [x.squeeze(1) for x in tensors]
+            one, other = _products(batch, clean[0], clean[1], clean[2], scale)
+            return one.unsqueeze(1), other.unsqueeze(1)
+
+        mask = _bias(batch).unsqueeze(1) == 0
+        given = [x.unsqueeze(1) for x in (q, k, v)]
+        out, lse = containment.forward(run, given[0], given[1], given[2], scale=scale, mask=mask)
+        out, lse = out.squeeze(1), lse.squeeze(1)
+    if batch.empty is not None:
+        out.masked_fill_(batch.empty.unsqueeze(-1), 0.0)
+        lse.masked_fill_(batch.empty, -math.inf)
+    return out, lse
+
+
+def _products(batch: Batch, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    both = q.new_empty(2, batch.lines, batch.size, batch.most * batch.size)  # scores, and their logarithmic softmax
+    scores, logs = both.unbind()
+    _scores(batch, q, k, scale, scores)
+    log_softmax(scores, -1, False, out=logs)
+    largest = both.amax(-1)
+    lse = largest[0] - largest[1]
+    return torch.bmm(logs.exp_(), v), lse
+
+
+def _gradients(
+    batch: Batch, dout: Tensor, query: Tensor, out: Tensor, key: Tensor, value: Tensor, lse: Tensor, scale: float
+) -> Gradients:
+    do, q, o = (_rows(batch, x) for x in (dout, query, out))
+    k, v = _keys(batch, key), _keys(batch, value)
+    line = _rows(batch, lse.unsqueeze(-1)).squeeze(-1)
+
+    def run(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, line: Tensor) -> Gradients:
+        weights = _scores(batch, q, k, scale, q.new_empty(batch.lines, batch.size, batch.most * batch.size))
+        weights.sub_(line.unsqueeze(-1)).exp_()
+        slope = torch.bmm(do, v.mT).sub_((do * o).sum(-1, keepdim=True)).mul_(weights).mul_(scale)
+        return torch.bmm(slope, k), torch.bmm(slope.mT, q), torch.bmm(weights.mT, do)
+
+    usable = line.masked_fill(line == -math.inf, math.inf)  # for weights of 0: -inf - -inf would be NaN
+    found = run(do, q, k, v, o, usable)
+    if batch.masks is None or containment.is_finite(*found):
+        return found
+
+    def apart(*tensors: Tensor) -> Gradients:
+        made = run(*(x.squeeze(1) for x in tensors))
+        return made[0].unsqueeze(1), made[1].unsqueeze(1), made[2].unsqueeze(1)
+
+    mask = _bias(batch) == 0
+    if batch.empty is not None:
+        mask &= ~batch.empty.unsqueeze(-1)
+    given = (x.unsqueeze(1) for x in (do, q, k, v, o, line))
+    dq, dk, dv = containment.backward(apart, *given, scale=scale, mask=mask.unsqueeze(1))
+    return dq.squeeze(1), dk.squeeze(1), dv.squeeze(1)
+
+
+def _scores(batch: Batch, q: Tensor, k: Tensor, scale: float, out: Tensor) -> Tensor:
+    if batch.masks is None:
+        torch.baddbmm(q.new_empty(1), q, k.mT, beta=0.0, alpha=scale, out=out)
+        return out
+    torch.index_select(batch.table, 0, batch.masks, out=out.view(-1, batch.size))
+    return out.baddbmm_(q, k.mT, alpha=scale)
+
+
+def _bias(batch: Batch) -> Tensor:
+    assert batch.masks is not None  # asked for only then
+    return batch.table.index_select(0, batch.masks).view(batch.lines, batch.size, -1)
+
+
+def _rows(batch: Batch, tensor: Tensor) -> Tensor:
+    lines = _lines(tensor, batch.size)
+    return lines if batch.rows is None else lines.index_select(0, batch.rows)
+
+
+def _keys(batch: Batch, tensor: Tensor) -> Tensor:
+    return _lines(tensor, batch.size).index_select(0, batch.blocks).view(batch.lines, -1, tensor.shape[1])
+
+
+def _lines(tensor: Tensor, size: int) -> Tensor:
+    return tensor.view(-1, size, tensor.shape[1])
