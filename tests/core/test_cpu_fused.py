@@ -482,3 +482,67 @@ def test_very_large_scores_of_one_row_leave_the_others_bits(dtype):
     for before, after in zip(*results, strict=True):
         assert torch.equal(before[:, :, :40], after[:, :, :40])
     assert not torch.equal(results[0][0], results[1][0])
+
+
+# ---------------------------------------------------------------------------------------------------------- shares
+
+SHARED = {
+    "causal": (ls.Dense(), {"is_causal": True}),
+    "window": (ls.SlidingWindow(100, 0), {}),
+    "both-ways": (ls.SlidingWindow(60, 90), {}),
+    "random": (ls.random_blocks(0.2, 64), {}),
+    "global": (ls.local_blocks(300, 10, 64) | ls.global_tokens((0,), 64), {}),
+    "heads": (ls.per_head([ls.local_blocks(300, 10, 64), ls.random_blocks(0.2, 64)]), {"heads": 2}),
+    "dilated": (ls.Dilated((512, 2048), (1, 4)), {"is_causal": True}),
+    "documents": (ls.SlidingWindow(100, 0), {"documents": (0, 700, 701, 4000, 4096)}),
+}
+
+
+@NATIVE
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("name", SHARED)
+def test_every_tile_is_in_one_share(name, count):
+    from longspan_plugins.cpu_fused.library import load
+    from longspan_plugins.cpu_fused.program import program_for
+    from longspan_plugins.cpu_fused.shares import share
+
+    pattern, more = SHARED[name]
+    program = program_for(
+        ls.Problem(**{"batch": 1, "heads": 1, "q_len": 4096, "head_dim": 16, "pattern": pattern, **more}), load()
+    )
+    found = share(program, count)
+    assert found.count == count
+    runs = found.tiles.tensor()
+    if found.between is not None:
+        runs = torch.cat([runs, found.between.tensor()], dim=1)
+        assert name not in ("causal", "random", "global")
+    for (first, last), mine in zip(program.ranges.tensor().tolist(), runs, strict=True):
+        tiles = torch.cat([torch.arange(a, b) for a, b in mine.tolist()])
+        assert torch.equal(tiles.sort().values, torch.arange(first, last))
+    if name == "window" and count == 2:
+        assert found.between is not None
+
+
+@NATIVE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [16, 20])
+@pytest.mark.parametrize("name", [name for name in SHARED if name not in ("heads", "documents")])
+def test_gradients_whatever_the_number_of_threads(name, dim, dtype):
+    pattern, more = SHARED[name]
+    query, key, value = (x.detach().to(dtype) for x in tensors(1, 1, 1, 1500, 1500, dim, torch.float32))
+    dout = torch.randn(query.shape, generator=torch.Generator().manual_seed(4)).to(dtype)
+    grads = []
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+            out = ls.attention(*leaves, pattern, backend="cpu_fused", **more)
+            grads.append(torch.autograd.grad(out, leaves, dout))
+            again = ls.attention(*leaves, pattern, backend="cpu_fused", **more)
+            repeated = torch.autograd.grad(again, leaves, dout)
+            assert all(torch.equal(*pair) for pair in zip(grads[-1], repeated, strict=True))
+        finally:
+            torch.set_num_threads(before)
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5 if dtype is torch.float32 else 2e-2, rtol=2e-2)

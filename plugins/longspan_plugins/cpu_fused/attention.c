@@ -69,10 +69,12 @@ static void run_backward(Queue *queue) {
             long unit = atomic_fetch_add(&queue->next, 1);
             if (unit >= queue->units) break;
             const int64_t part = unit % job->parts, own = unit / job->parts % kv_heads, entry = unit / job->parts / kv_heads;
-            const int64_t where = part * job->dkey_at[0] + entry * job->dkey_at[1] + own * job->dkey_at[2];
-            for (int64_t head = own * job->group; head < (own + 1) * job->group; head++)
-                for (int64_t tile = program(job, head)[0] + part; tile < program(job, head)[1]; tile += job->parts)
-                    backward_tile(job, job->tiles + tile, entry, head, job->dkey + where, job->dvalue + where, &trace);
+            const int64_t *sums = job->sums + 4 * part, where = entry * sums[2] + own * sums[3];
+            float *dkey = (float *)sums[0] + where, *dvalue = (float *)sums[1] + where;
+            for (int64_t head = own * job->group; head < (own + 1) * job->group; head++) {
+                const int64_t *mine = job->shares + 2 * (job->program_of_head[head] * job->parts + part);
+                for (int64_t tile = mine[0]; tile < mine[1]; tile++) backward_tile(job, job->tiles + tile, entry, head, dkey, dvalue, &trace);
+            }
         }
     close_trace(&trace);
 }

@@ -37,8 +37,10 @@ typedef struct {
     const void *dout;
     const float *dlse; /* or null */
     void *dquery;
-    float *dkey, *dvalue; /* [part][batch][key head][key][padded dim], zero on entry */
-    int64_t dout_at[3], dlse_at[3], dquery_at[3], dkey_at[3], keys;
+    const int64_t *shares; /* [program][part]: first and last tile (not included) */
+    const int64_t *sums;   /* [part]: where key 0's dkey and dvalue would be, [batch][key head][key][padded dim] floats that
+                              are 0 on entry, and the strides of batch and key head */
+    int64_t dout_at[3], dlse_at[3], dquery_at[3];
     /* Dropout: null `lines` for none. Numbers as in longspan.dropout. */
     const int64_t *lines, *query_positions, *key_positions;
     int64_t lines_at[2], query_positions_at[3], key_positions_at[3];

@@ -10,7 +10,7 @@ from torch import Tensor
 
 __all__ = ["WORDS", "bits", "run", "strides"]
 
-WORDS = 7 + 1 + 5 + 2 + 5 + 5 * 3 + 5 + 4 * 3 + 1 + 3 + 2 + 3 + 3 + 4
+WORDS = 7 + 1 + 5 + 2 + 5 + 5 * 3 + 5 + 3 * 3 + 3 + 2 + 3 + 3 + 4
 _Words = ctypes.c_int64 * WORDS
 
 

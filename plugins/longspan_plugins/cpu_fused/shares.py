@@ -1,0 +1,119 @@
+"""How the threads of a backward share the tiles of a program, and where each adds up the gradients of the keys.
+
+A share is a run of tiles, so that it reads and writes a run of the keys. Where the runs of different shares hardly
+overlap, as in a window, all shares write to one place, and the few tiles between them come last, by one thread; else
+every share but one has sums of its own, of its keys alone. Who adds what, and in which order, depends on the number of
+shares alone.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from longspan_plugins.cpu_fused.program import Program
+from longspan_plugins.cpu_fused.table import Table
+
+__all__ = ["Shares", "share"]
+
+BETWEEN = 0.05
+"""The part of the work that one thread may do alone at the end."""
+
+
+@frozen
+class Shares:
+    """Who computes which tiles.
+
+    `tiles` `(programs, shares, 2)`: the first tile and the one after the last. `keys`: for each share the first key and
+    the one after the last, of any program. `between`, in the same form as `tiles`: what comes last; None where shares
+    have sums of their own.
+    """
+
+    tiles: Table
+    keys: tuple[tuple[int, int], ...]
+    between: Table | None
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.keys)
+
+
+def share(program: Program, count: int) -> Shares:
+    """Share a program's tiles.
+
+    Args:
+        program: of which every head's tiles are shared alike.
+        count: how many shares there are to be.
+    """
+    with torch.inference_mode(False), torch.device("cpu"):
+        work, low, high = _tiles(program)
+        ranges = program.ranges.tensor().tolist()
+        if count == 1:
+            return Shares(
+                Table.of(torch.tensor(ranges).view(-1, 1, 2)), ((0, int(high.max()) if len(high) else 0),), None
+            )
+        cuts = [_cuts(work[first:last], count) for first, last in ranges]
+        runs = [
+            [(first + a, first + b) for a, b in pairwise(cut)] for (first, _), cut in zip(ranges, cuts, strict=True)
+        ]
+        keys = [_extent([(low[a:b], high[a:b]) for a, b in column]) for column in zip(*runs, strict=True)]
+        own, between = _apart(runs, keys, low)
+        late = sum(int(work[a:b].sum()) for run in between for a, b in run)
+        if late <= BETWEEN * int(work.sum()):
+            return Shares(_table(own), tuple(keys), _table(between))
+        return Shares(_table(runs), tuple(keys), None)
+
+
+def _tiles(program: Program) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each tile: how many products it takes, its first key and the one after the last."""
+    tiles, segments = program.tiles.tensor(), program.segments.tensor()
+    first, last = tiles[:, 4], tiles[:, 5]
+    many = last - first
+    tile = torch.repeat_interleave(torch.arange(len(tiles)), many)
+    place = torch.arange(len(tile)) - torch.repeat_interleave(many.cumsum(0) - many - first, many)
+    mine = segments[place]
+    ends = mine[:, 0] + (mine[:, 2] - 1) * mine[:, 1] + 1
+    work = tiles[:, 2] * torch.zeros(len(tiles), dtype=torch.int64).index_add_(0, tile, mine[:, 2])
+    low = torch.full((len(tiles),), 2**62).scatter_reduce_(0, tile, mine[:, 0], "amin")
+    high = torch.zeros(len(tiles), dtype=torch.int64).scatter_reduce_(0, tile, ends, "amax")
+    return work, low, high
+
+
+def _cuts(work: Tensor, count: int) -> list[int]:
+    """Where runs of about equal work begin and end."""
+    done = work.cumsum(0)
+    total = int(done[-1]) if len(done) else 0
+    wanted = torch.tensor([total * part // count for part in range(1, count)])
+    return [0, *torch.searchsorted(done, wanted).tolist(), len(work)]
+
+
+def _extent(runs: list[tuple[Tensor, Tensor]]) -> tuple[int, int]:
+    some = [(int(low.min()), int(high.max())) for low, high in runs if len(low) and int(high.max())]
+    return (min(a for a, _ in some), max(b for _, b in some)) if some else (0, 0)
+
+
+Runs = list[list[tuple[int, int]]]
+
+
+def _apart(runs: Runs, keys: list[tuple[int, int]], low: Tensor) -> tuple[Runs, Runs]:
+    """Every run without the tiles up to the last that reads keys of runs before it, and those tiles."""
+    own: Runs = [[] for _ in runs]
+    between: Runs = [[] for _ in runs]
+    reached = 0
+    for part, (_, end) in enumerate(keys):
+        for number, run in enumerate(runs):
+            a, b = run[part]
+            shared = (low[a:b] < reached).nonzero().flatten()
+            cut = a + int(shared[-1]) + 1 if len(shared) else a
+            own[number].append((cut, b))
+            between[number].append((a, cut))
+        reached = max(reached, end)
+    return own, between
+
+
+def _table(runs: Runs) -> Table:
+    return Table.of(torch.tensor(runs, dtype=torch.int64).view(len(runs), -1, 2))
