@@ -26,8 +26,11 @@ from longspan.tenancy import Account, Tenant
 
 __all__ = ["LIMIT", "THRESHOLD", "ArenaStats", "BufferArena"]
 
-THRESHOLD = 16 * 2**20
-"""Bytes from which on the arena serves; torch's allocator serves what is smaller."""
+THRESHOLD = 32 * 2**20
+"""Bytes from which on the arena serves; torch's allocator serves what is smaller, where nothing was measured.
+
+The C library's heap (glibc) gives 32 MiB and more back to the system each time, and keeps smaller pieces, warm.
+"""
 LIMIT = 2**30
 """Bytes that an arena holds at most; what would take it beyond is torch's to serve."""
 
@@ -59,13 +62,15 @@ class BufferArena:
     allocator serves. A forked child starts with an empty arena.
 
     Args:
-        threshold: bytes below which torch's allocator serves.
+        threshold: bytes below which torch's allocator serves; `thresholds` holds others for types of devices on which
+            they were measured.
         limit: bytes held at most.
         poison: fill what is handed out and what comes back with bytes of ones (NaN in floating dtypes), for tests.
     """
 
     def __init__(self, *, threshold: int = THRESHOLD, limit: int = LIMIT, poison: bool = False) -> None:
         self.threshold, self.limit, self.poison = threshold, limit, poison
+        self.thresholds: dict[str, int] = {}
         self._lock = threading.Lock()
         self._blocks: list[Block] = []
         self._tenants: dict[int, Account] = {}
@@ -75,9 +80,27 @@ class BufferArena:
         self._reused = self._fresh = self._passed = self._withdrawn = self._dropped = 0
         _arenas.add(self)
 
-    def tenant(self) -> Tenant:
-        """An account on this arena for one plan; when the last that needed some memory dies, that memory goes."""
-        return Tenant(self, next(self._numbers))
+    def tenant(self, device: str = "cpu") -> Tenant:
+        """An account on this arena for one plan; when the last that needed some memory dies, that memory goes.
+
+        Args:
+            device: the type of device that the plan is for.
+        """
+        return Tenant(self, next(self._numbers), device)
+
+    def threshold_on(self, device: str) -> int:
+        """Bytes from which on the arena serves on a type of device."""
+        return self.thresholds.get(device, self.threshold)
+
+    @contextmanager
+    def serving_from(self, threshold: int) -> Iterator[None]:
+        """Serve from so many bytes on, on every device, for the time of a `with` block in one thread."""
+        before = self.threshold, self.thresholds
+        self.threshold, self.thresholds = threshold, {}
+        try:
+            yield
+        finally:
+            self.threshold, self.thresholds = before
 
     def allocate(self, spec: BufferSpec, device: torch.device) -> Tensor:
         """Uninitialised memory, which comes back when the last tensor that uses it is dropped."""
@@ -152,7 +175,7 @@ class BufferArena:
     ) -> tuple[Tensor, Block | None]:
         dtype: torch.dtype = getattr(torch, spec.dtype)
         size = prod(spec.shape) * dtype.itemsize
-        fits = 0 < size <= self.limit and (always or size >= self.threshold)
+        fits = 0 < size <= self.limit and (always or size >= self.threshold_on(device.type))
         place = place_of(device) if fits else None
         block = None if place is None else self._find(place, size, tenant, leased)
         if block is None:

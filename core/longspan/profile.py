@@ -41,6 +41,7 @@ class Profile:
     """The measurements of one device.
 
     `peaks` are the rates of matrix products by dtype, in GFLOP/s; `bandwidth` that of copies in memory, in GB/s.
+    `workspace_threshold` is the size, in bytes, from which on the arena's memory is faster than torch's allocator's.
     """
 
     device: str
@@ -50,6 +51,7 @@ class Profile:
     peaks: dict[str, float]
     bandwidth: float
     measures: tuple[Measure, ...]
+    workspace_threshold: int | None = None
 
     def seconds(self, problem: Problem) -> dict[str, float]:
         """Each measured backend's time for the most similar problem: same pattern kind and dtype, nearest length.

@@ -14,7 +14,8 @@ from longspan.cache_entry import LayoutKey
 from longspan.defaults import buffer_arena, pattern_cache
 from longspan.discovery import DEFAULTS, registry
 from longspan.guard import GuardedAllocator
-from longspan.spec import Problem
+from longspan.profile import current_profile
+from longspan.spec import Device, Problem
 
 __all__ = ["layout_of", "lender_for"]
 
@@ -56,12 +57,20 @@ def lender_for(problem: Problem, backend: str) -> Lender:
         _note("longspan_allocator", backend, error)
         allocator = buffer_arena()
     if isinstance(allocator, BufferArena):
-        return allocator.tenant()
+        _calibrate(allocator, problem.device)
+        return allocator.tenant(problem.device.type)
     if isinstance(allocator, TorchAllocator):
         return allocator
     name = registry.provider(backend, "longspan_allocator")
     report = partial(registry.note_fault, name, "longspan_allocator")
     return GuardedAllocator(allocator, buffer_arena().tenant(), report)
+
+
+def _calibrate(arena: BufferArena, device: Device) -> None:
+    """Let the arena serve from where it was measured to pay on this device."""
+    profile = current_profile(device.name)
+    if arena is buffer_arena() and profile is not None and profile.workspace_threshold is not None:
+        arena.thresholds[device.type] = profile.workspace_threshold
 
 
 def _note(hook: str, backend: str, error: Exception) -> None:

@@ -18,7 +18,8 @@ __all__ = ["Account", "Tenant"]
 class Landlord(Protocol):
     """What a tenant needs of its arena."""
 
-    threshold: int
+    def threshold_on(self, device: str) -> int:
+        """Bytes from which on it serves there."""
 
     def serve(self, spec: BufferSpec, device: torch.device, tenant: int) -> Tensor:
         """Memory until it is dropped."""
@@ -48,15 +49,15 @@ class Account:
 class Tenant:
     """An arena as one plan sees it; an `Allocator`. When it dies, what it alone needed is given back."""
 
-    __slots__ = ("_arena", "_number")
+    __slots__ = ("_arena", "_device", "_number")
 
-    def __init__(self, arena: Landlord, number: int) -> None:
-        self._arena, self._number = arena, number
+    def __init__(self, arena: Landlord, number: int, device: str = "cpu") -> None:
+        self._arena, self._number, self._device = arena, number, device
 
     @property
     def threshold(self) -> int:
         """Bytes below which torch's allocator serves."""
-        return self._arena.threshold
+        return self._arena.threshold_on(self._device)
 
     def allocate(self, spec: BufferSpec, device: torch.device) -> Tensor:
         """Uninitialised memory, which comes back when the last tensor that uses it is dropped."""

@@ -6,10 +6,13 @@ import json
 
 import pytest
 import torch
+from attrs import evolve
 
 import longspan as ls
+from longspan.bench.buffers import threshold
 from longspan.bench.peaks import bandwidth, product_peak
 from longspan.bench.profiling import make_profile
+from longspan.defaults import buffer_arena
 from longspan.profile import Measure, Profile, current_profile, forget_profiles, machine_name, profile_path
 
 
@@ -109,3 +112,23 @@ def test_peaks_are_rates():
     cpu = torch.device("cpu")
     assert product_peak(torch.float32, cpu, 1) > 0
     assert bandwidth(cpu, 1) > 0
+
+
+def test_the_arena_serves_from_where_it_was_measured_to_pay(monkeypatch):
+    arena = buffer_arena()
+    monkeypatch.setattr(arena, "thresholds", {})
+    evolve(measured(), workspace_threshold=5 * 2**20).save()
+    made = ls.plan(ls.Problem(batch=1, heads=2, q_len=64, head_dim=8, pattern=ls.SlidingWindow(8, 0)), "sdpa")
+    assert arena.thresholds == {"cpu": 5 * 2**20}
+    assert arena.tenant("cpu").threshold == 5 * 2**20
+    assert arena.tenant("cuda").threshold == arena.threshold
+    with arena.serving_from(7):
+        assert arena.tenant("cpu").threshold == 7
+    assert arena.threshold_on("cpu") == 5 * 2**20
+    del made
+
+
+def test_where_it_pays_is_part_of_the_profile():
+    found = threshold(1)
+    assert found["pays_from_mib"] in (None, 1, 2, 4, 8, 16, 32, 64, 128)
+    assert set(found["arena_over_torch"]) == {f"{mib} MiB" for mib in (1, 2, 4, 8, 16, 32, 64, 128)}

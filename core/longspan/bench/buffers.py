@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from longspan import planner
+from longspan.arena import BufferArena
 from longspan.attention import attention
 from longspan.bench.sidebyside import faults, ratio, resident
 from longspan.cache import PatternCache
@@ -22,7 +23,7 @@ from longspan.patterns import Dilated, Pattern, SlidingWindow
 from longspan.plan import Plan, plan
 from longspan.spec import BufferSpec, Problem
 
-__all__ = ["HELP", "NAME", "add_arguments", "run"]
+__all__ = ["HELP", "NAME", "add_arguments", "run", "threshold"]
 
 NAME = "buffers"
 HELP = "What the workspace arena saves: page faults, time, memory."
@@ -57,7 +58,7 @@ def run(args: Namespace) -> dict[str, Any]:
         "tokens": args.tokens,
         "calls": calls,
         "shapes": {f"N={tokens}": _shape(tokens, args.rounds) for tokens in SHAPES if tokens <= args.tokens},
-        "threshold": _threshold(args.rounds) if args.tokens >= SHAPES[-1] else None,
+        "threshold": threshold(args.rounds) if args.tokens >= SHAPES[-1] else None,
         "steps": {name or "auto": _steps(args.steps, name) for name in (None, "sdpa")} if args.steps else None,
         "limits": {"faults_off_over_on": 10, "time_on_over_off": 1.0, "resident_growth": 0.01, "held_after": 0},
     }
@@ -92,20 +93,18 @@ def _call(pattern: Pattern, dtype: torch.dtype, tokens: int, rounds: int, traini
 
 def _on_and_off(once: Any, rounds: int, calls: int = 1) -> dict[str, Any]:
     """The same with the arena and without, in turn."""
-    arena, sides = buffer_arena(), {"on": buffer_arena().threshold, "off": OFF}
+    arena = buffer_arena()
+    sides = {"on": arena.threshold_on("cpu"), "off": OFF}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     counted: dict[str, list[int]] = {name: [] for name in sides}
-    try:
-        for number in range(rounds + 1):
-            for name in sorted(sides, reverse=bool(number % 2)):
-                arena.threshold = sides[name]
+    for number in range(rounds + 1):
+        for name in sorted(sides, reverse=bool(number % 2)):
+            with arena.serving_from(sides[name]):
                 once()  # the other side left the heap in another state
                 found = [once() for _ in range(calls)]
-                if number:  # the first round fills the arena
-                    seconds[name].append(statistics.mean(one[0] for one in found))
-                    counted[name].append(round(statistics.mean(one[1] for one in found)))
-    finally:
-        arena.threshold = sides["on"]
+            if number:  # the first round fills the arena
+                seconds[name].append(statistics.mean(one[0] for one in found))
+                counted[name].append(round(statistics.mean(one[1] for one in found)))
     medians = {name: statistics.median(one) for name, one in counted.items()}
     return {
         "faults": medians,
@@ -125,17 +124,22 @@ def _shape(tokens: int, rounds: int) -> dict[str, Any]:
     return {"ms": found["ms"], "time_on_over_off": found["time_on_over_off"]}
 
 
-def _threshold(rounds: int) -> dict[str, Any]:
-    """Getting memory and writing to it, from torch and from the arena, by size."""
-    arena, found = buffer_arena(), {}
+def threshold(rounds: int, device: torch.device = torch.device("cpu")) -> dict[str, Any]:  # noqa: B008 - a value
+    """Getting memory and writing to it, from torch and from an arena, by size, and from which size on the arena pays.
+
+    Args:
+        rounds: of each measurement.
+        device: where.
+    """
+    arena, found = BufferArena(), {}
     pays = None
     for mib in (1, 2, 4, 8, 16, 32, 64, 128):
-        spec, device = BufferSpec("x", (mib * 2**18,), "float32"), torch.device("cpu")
+        spec = BufferSpec("x", (mib * 2**18,), "float32")
 
         def from_torch(shape: tuple[int, ...] = spec.shape) -> None:
-            torch.empty(shape).fill_(1.0)
+            torch.empty(shape, device=device).fill_(1.0)
 
-        def from_arena(spec: BufferSpec = spec, device: torch.device = device) -> None:
+        def from_arena(spec: BufferSpec = spec) -> None:
             with arena.lease(spec, device, always=True) as tensor:
                 tensor.fill_(1.0)
 
@@ -145,12 +149,13 @@ def _threshold(rounds: int) -> dict[str, Any]:
                 start = time.perf_counter()
                 for _ in range(5):
                     side()
+                if device.type != "cpu":
+                    torch.accelerator.synchronize(device)
                 if number:
                     seconds[name].append((time.perf_counter() - start) / 5)
         found[f"{mib} MiB"] = ratio(seconds["arena"], seconds["torch"])["median"]
         if pays is None and found[f"{mib} MiB"] < 0.95:
             pays = mib
-    arena.trim()
     return {"arena_over_torch": found, "pays_from_mib": pays}
 
 
@@ -160,10 +165,9 @@ def _steps(steps: int, backend: str | None) -> dict[str, Any]:
     In float32: for bfloat16 torch's own attention grows, with code that oneDNN keeps for each shape.
     """
     draw, arena = random.Random(0), buffer_arena()
-    threshold, arena.threshold = arena.threshold, 2**18  # small shapes, so that a thousand take minutes and not hours
     after: dict[int, int] = {}
     as_found: dict[int, int] = {}
-    try:
+    with arena.serving_from(2**18):  # small shapes, so that a thousand take minutes and not hours
         for step in range(1, steps + 1):
             heads, tokens = draw.choice((2, 4)), draw.randrange(256, 2049)
             tensors = _inputs(tokens, torch.float32, heads, training=True)
@@ -188,5 +192,3 @@ def _steps(steps: int, backend: str | None) -> dict[str, Any]:
             "held_mib_at_the_end": held / 2**20,
             "held_after_the_plans_are_dropped": arena.stats.held,
         }
-    finally:
-        arena.threshold = threshold

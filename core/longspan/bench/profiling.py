@@ -11,6 +11,7 @@ import torch
 
 import longspan
 from longspan import Dense, Dilated, Pattern, Problem, SlidingWindow
+from longspan.bench.buffers import threshold
 from longspan.bench.peaks import bandwidth, product_peak
 from longspan.errors import LongspanError
 from longspan.profile import Measure, Profile, machine_name
@@ -52,7 +53,13 @@ def make_profile(device: torch.device, quick: bool = False, progress: Callable[[
         peaks={dtype: product_peak(getattr(torch, dtype), device, 3) for dtype in DTYPES},
         bandwidth=bandwidth(device, 3),
         measures=tuple(measures),
+        workspace_threshold=_threshold(device, quick),
     )
+
+
+def _threshold(device: torch.device, quick: bool) -> int | None:
+    pays: int | None = threshold(3 if quick else 7, device)["pays_from_mib"]
+    return None if pays is None else pays * 2**20
 
 
 def _problems(device: Device, quick: bool) -> Iterator[Problem]:

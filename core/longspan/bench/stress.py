@@ -46,9 +46,9 @@ def stress(seconds: float, threads: int) -> dict[str, Any]:
         calls, and what went wrong: texts of `failures`, threads that never came back (`stuck`).
     """
     arena, cache = buffer_arena(), PatternCache(limit=100_000)
-    before = arena.threshold, arena.poison, torch.get_num_threads()
+    before = arena.threshold, arena.thresholds, arena.poison, torch.get_num_threads()
     torch.set_num_threads(1)
-    arena.threshold, arena.poison = 0, True
+    arena.threshold, arena.thresholds, arena.poison = 0, {}, True
     failures: list[str] = []
     counts = [0] * threads
     sizes: list[int] = []
@@ -75,8 +75,8 @@ def stress(seconds: float, threads: int) -> dict[str, Any]:
             worker.join(60)
         stats = arena.stats
     finally:
-        arena.threshold, arena.poison = before[:2]
-        torch.set_num_threads(before[2])
+        arena.threshold, arena.thresholds, arena.poison = before[:3]
+        torch.set_num_threads(before[3])
     half = sizes[len(sizes) // 2 :]
     return {
         "seconds": seconds,
