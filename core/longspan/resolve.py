@@ -130,7 +130,8 @@ def _numbers(problem: Problem, can: Capabilities) -> list[Reason]:
     found = []
     if problem.dtype not in can.dtypes:
         want = " or ".join(can.dtypes)
-        fix = f"query.to(torch.{can.dtypes[0]}), and key and value" if can.dtypes else ""
+        best = "float32" if "float32" in can.dtypes else next(iter(can.dtypes), "")  # rather than lose precision
+        fix = f"query.to(torch.{best}), and key and value" if best else ""
         found.append(Reason("dtype", "dtype", problem.dtype, want, fix))
     dim = problem.head_dim
     if can.head_dim_max is not None and dim > can.head_dim_max:
