@@ -265,6 +265,8 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 1e-2), (torch.bf
             out.sum().backward(), want.sum().backward()
             for a, b in zip((q, k, v), wide):
                 torch.testing.assert_close(a.grad.double(), b.grad, atol=5 * tolerance, rtol=5 * tolerance)
+libraries = " ".join(ls.plan(ls.Problem(batch=1, heads=1, q_len=64, head_dim=16), "cpu_fused").libraries)
+assert load().refusal in libraries and ("native" in libraries) == (not load().refusal), libraries
 print("right")
 """
 

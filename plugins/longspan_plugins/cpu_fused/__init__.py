@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from attrs import evolve
+
 from longspan import Capabilities, Kernel, Problem, hookimpl
 
 
@@ -45,8 +47,12 @@ def longspan_pattern(problem: Problem) -> Any:
 def longspan_kernel(problem: Problem, layout: Any) -> Kernel | None:
     """Native kernels over the layout's program; composed tiles for dense problems where there are none."""
     from longspan_plugins.cpu_fused import composed
+    from longspan_plugins.cpu_fused.library import load
 
-    return program_kernel(problem, layout) or composed.kernel(problem)
+    if native := program_kernel(problem, layout):
+        return native
+    made, why = composed.kernel(problem), load().refusal
+    return made if made is None or not why else evolve(made, library=f"{made.library} ({why})")
 
 
 def program_kernel(problem: Problem, layout: Any) -> Kernel | None:
