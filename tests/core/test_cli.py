@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 import warnings
@@ -101,6 +102,13 @@ def test_alone_it_shows_help(cli):
     code, out, err = cli()
     assert code == 0 and err == ""
     assert all(word in out for word in ("Usage", "demo", "backends", "explain", "--version"))
+
+
+def test_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["longspan", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("longspan", run_name="__main__")
+    assert not ended.value.code and "longspan" in capsys.readouterr().out
 
 
 def test_version(cli):

@@ -31,8 +31,11 @@ def explain(
         str, typer.Option(help="cpu, cuda, sm_61, sm_90, gfx942, mps, ...: need not be on this machine.")
     ] = "cpu",
     pattern: Annotated[
-        str, typer.Option(help="dense, window:512,0, dilated:2048/1,4096/2[:grouped][:block], blocks:128:local:1023,0|global:0 or "
-            "topk_blocks:16:128.")
+        str,
+        typer.Option(
+            help="dense, window:512,0, dilated:2048/1,4096/2[:grouped][:block], blocks:128:local:1023,0|global:0 or "
+            "topk_blocks:16:128."
+        ),
     ] = "dense",
     causal: Annotated[bool, typer.Option("--causal", help="Key position <= query position.")] = False,
     query_offset: Annotated[
