@@ -50,9 +50,11 @@ class UnknownBackend(LongspanError, LookupError):
         self.name, self.known, self.said_by = name, tuple(sorted(known)), said_by
         close = get_close_matches(name, self.known, n=1, cutoff=0.5)
         hint = f" Did you mean {close[0]!r}?" if close else ""
+        step = "`longspan backends` lists them with their states"
+        if name.lower() == "auto":
+            step = "name no backend, and longspan chooses"
         super().__init__(
-            f"backend {name!r} ({said_by}) is not registered.{hint} Known: {', '.join(self.known) or 'none'}. "
-            "Next: `longspan backends` lists them with their states"
+            f"backend {name!r} ({said_by}) is not registered.{hint} Known: {', '.join(self.known) or 'none'}. Next: {step}"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
