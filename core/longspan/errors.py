@@ -54,7 +54,8 @@ class UnknownBackend(LongspanError, LookupError):
         if name.lower() == "auto":
             step = "name no backend, and longspan chooses"
         super().__init__(
-            f"backend {name!r} ({said_by}) is not registered.{hint} Known: {', '.join(self.known) or 'none'}. Next: {step}"
+            f"backend {name!r} ({said_by}) is not registered.{hint} Known: {', '.join(self.known) or 'none'}. "
+            f"Next: {step}"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
