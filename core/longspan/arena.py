@@ -71,6 +71,7 @@ class BufferArena:
     def __init__(self, *, threshold: int = THRESHOLD, limit: int = LIMIT, poison: bool = False) -> None:
         self.threshold, self.limit, self.poison = threshold, limit, poison
         self.thresholds: dict[str, int] = {}
+        self._forced: int | None = None
         self._lock = threading.Lock()
         self._blocks: list[Block] = []
         self._tenants: dict[int, Account] = {}
@@ -90,17 +91,16 @@ class BufferArena:
 
     def threshold_on(self, device: str) -> int:
         """Bytes from which on the arena serves on a type of device."""
-        return self.thresholds.get(device, self.threshold)
+        return self.thresholds.get(device, self.threshold) if self._forced is None else self._forced
 
     @contextmanager
     def serving_from(self, threshold: int) -> Iterator[None]:
-        """Serve from so many bytes on, on every device, for the time of a `with` block in one thread."""
-        before = self.threshold, self.thresholds
-        self.threshold, self.thresholds = threshold, {}
+        """Serve all threads from so many bytes on, on every device, for the time of a `with` block in one of them."""
+        before, self._forced = self._forced, threshold
         try:
             yield
         finally:
-            self.threshold, self.thresholds = before
+            self._forced = before
 
     def allocate(self, spec: BufferSpec, device: torch.device) -> Tensor:
         """Uninitialised memory, which comes back when the last tensor that uses it is dropped."""

@@ -56,21 +56,24 @@ def lender_for(problem: Problem, backend: str) -> Lender:
     except Exception as error:  # noqa: BLE001 - whatever a plugin raises, the plan is made
         _note("longspan_allocator", backend, error)
         allocator = buffer_arena()
+    _calibrate(problem.device)
     if isinstance(allocator, BufferArena):
-        _calibrate(allocator, problem.device)
         return allocator.tenant(problem.device.type)
     if isinstance(allocator, TorchAllocator):
         return allocator
     name = registry.provider(backend, "longspan_allocator")
     report = partial(registry.note_fault, name, "longspan_allocator")
-    return GuardedAllocator(allocator, buffer_arena().tenant(), report)
+    return GuardedAllocator(allocator, buffer_arena().tenant(problem.device.type), report)
 
 
-def _calibrate(arena: BufferArena, device: Device) -> None:
-    """Let the arena serve from where it was measured to pay on this device."""
+def _calibrate(device: Device) -> None:
+    """Let the core's arena serve from where it was measured to pay on this device."""
     profile = current_profile(device.name)
-    if arena is buffer_arena() and profile is not None and profile.workspace_threshold is not None:
-        arena.thresholds[device.type] = profile.workspace_threshold
+    measured = None if profile is None else profile.workspace_threshold
+    if measured is not None:
+        buffer_arena().thresholds[device.type] = measured
+    else:
+        buffer_arena().thresholds.pop(device.type, None)
 
 
 def _note(hook: str, backend: str, error: Exception) -> None:

@@ -105,7 +105,8 @@ class Watch:
                 self._create()
             self._process = self._process or _this_process()
             crash = Crash(name, distribution, version, _environment(), *self._process, time.time())
-            os.pwrite(self._file, json.dumps(asdict(crash)).encode(), 0)
+            text = json.dumps(asdict(crash)).encode()
+            os.ftruncate(self._file, os.pwrite(self._file, text, 0))
         except (OSError, RuntimeError, ValueError):  # no folder that we may write to: no quarantine
             return
 
@@ -170,7 +171,7 @@ def _files() -> list[tuple[Path, Crash]]:
         entries = [entry for entry in os.scandir(directory()) if entry.name.endswith((IMPORTING, CRASHED))]
         for entry in entries:
             path = Path(entry.path)
-            with suppress(FileNotFoundError):  # its process came to the end of the import, or another was faster here
+            with suppress(OSError):  # its process came to the end of the import, or another was faster, or none of ours
                 status = entry.stat(follow_symlinks=False)
                 if status.st_uid != os.getuid():  # of others' processes we may not see whether they live
                     continue
@@ -191,7 +192,7 @@ def _read(path: Path) -> Crash | None:
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         crash = Crash(**values)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
     types = {"pid": (int,), "when": (int, float)}
     fits = all(type(value) in types.get(field, (str,)) for field, value in asdict(crash).items())

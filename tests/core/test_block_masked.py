@@ -118,3 +118,68 @@ def test_a_later_token_changes_no_earlier_bit():
             one[:, :, token:] = 9.0
         after = ls.attention(*other, BUILT["random"], is_causal=True, backend="sdpa", return_lse=True)
         assert_same([x[:, :, :token] for x in after], [x[:, :, :token] for x in before])
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "block_sparse_batched", "cpu_fused", "reference"])
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("number", [3e38, -3e38, torch.nan])
+def test_what_overflows_stays_with_those_that_see_it(number, which, backend):
+    pattern = ls.local_blocks(9, 11, 8)
+    tensors = qkv(batch=1, heads=1, n=48, dim=16, dtype=torch.float32)
+    tensors[0][..., 0] = 10.0
+    dirty = [x.clone() for x in tensors]
+    dirty[which][0, 0, 47, 0] = number
+    results = []
+    for given_ in (tensors, dirty):
+        leaves = [x.clone().requires_grad_() for x in given_]
+        out, lse = ls.attention(*leaves, pattern, is_causal=True, backend=backend, return_lse=True)
+        dout = torch.ones_like(out)
+        results.append((out, lse, *torch.autograd.grad(out, leaves, dout)))
+    for at, (one, other) in enumerate(zip(*results, strict=True)):
+        rows = 47 if at < 3 else 38  # the last query sees the last ten keys
+        assert torch.equal(one[:, :, :rows], other[:, :, :rows]), at
+
+
+@pytest.mark.parametrize("dim", [1, 16, 33])
+@pytest.mark.parametrize("backend", ["sdpa", "block_sparse_batched"])
+def test_another_head_keeps_its_bits_in_packed_tensors_too(dim, backend):
+    packed = randn(257, 3, 2, dim, dtype=torch.float32)
+    dirty = packed.clone()
+    dirty[256, 2, 0, 0] = torch.nan
+    results = []
+    for one in (packed, dirty):
+        leaves = [x[None].requires_grad_() for x in one.permute(1, 2, 0, 3)]
+        out = ls.attention(*leaves, ls.local_blocks(20, 20, 8), backend=backend)
+        results.append((out, *torch.autograd.grad(out, leaves, torch.ones_like(out))))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one[:, 1], other[:, 1])
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "block_sparse_batched", "reference"])
+@pytest.mark.parametrize("which", [0, 1, 2, 3])
+def test_the_dense_causal_backward_keeps_bits_too(which, backend):
+    tensors = [
+        *qkv(batch=2, heads=2, n=32, dim=16, dtype=torch.float32),
+        randn(2, 2, 32, 16, dtype=torch.float32, seed=4),
+    ]
+    dirty = [x.clone() for x in tensors]
+    dirty[which][1, 1, 20, 3] = torch.nan
+    grads = []
+    for given_ in (tensors, dirty):
+        leaves = [x.clone().requires_grad_() for x in given_[:3]]
+        out = ls.attention(*leaves, is_causal=True, backend=backend)
+        grads.append(torch.autograd.grad(out, leaves, given_[3]))
+    for at, (one, other) in enumerate(zip(*grads, strict=True)):
+        assert torch.equal(one[0], other[0]) and torch.equal(one[1, 0], other[1, 0]), at
+        if at == 0:
+            assert torch.equal(one[1, 1, :20], other[1, 1, :20])
+        elif which in (0, 3):
+            assert torch.equal(one[1, 1, 21:], other[1, 1, 21:]), at
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "block_sparse_batched", "cpu_fused", "reference"])
+def test_a_head_without_any_block(backend):
+    near = ls.local_blocks(7, 7, 4)
+    tensors = qkv(batch=2, heads=2, n=8, dim=4, dtype=torch.float32)
+    out, lse = ls.attention(*tensors, ls.per_head([near, near & ~near]), backend=backend, return_lse=True)
+    assert not out[:, 1].any() and bool((lse[:, 1] == -torch.inf).all()) and bool(out[:, 0].any())

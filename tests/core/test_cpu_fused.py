@@ -548,3 +548,16 @@ def test_gradients_whatever_the_number_of_threads(name, dim, dtype):
             torch.set_num_threads(before)
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other, atol=2e-5 if dtype is torch.float32 else 2e-2, rtol=2e-2)
+
+
+@NATIVE
+@pytest.mark.parametrize("scale", [-1e6, -1e3, 1e3, -0.1])
+def test_gradients_of_bfloat16_under_any_scale(scale):
+    query, key, value = (x.detach().bfloat16().requires_grad_() for x in tensors(1, 1, 1, 64, 64, 64, torch.float32))
+    wide = [x.detach().double().requires_grad_() for x in (query, key, value)]
+    dout = torch.randn(query.shape, generator=torch.Generator().manual_seed(4)).bfloat16()
+    out = ls.attention(query, key, value, scale=scale, backend="cpu_fused")
+    want = oracle(*wide, ls.Dense(), scale=scale)
+    (dvalue,) = torch.autograd.grad(out, value, dout)
+    (wanted,) = torch.autograd.grad(want, wide[2], dout.double())
+    assert float((dvalue.double() - wanted).abs().max()) < 0.05 * float(wanted.abs().max())

@@ -123,9 +123,13 @@ def test_the_arena_serves_from_where_it_was_measured_to_pay(monkeypatch):
     assert arena.tenant("cpu").threshold == 5 * 2**20
     assert arena.tenant("cuda").threshold == arena.threshold
     with arena.serving_from(7):
+        ls.plan(made.problem, "sdpa")  # which looks at the profile again
         assert arena.tenant("cpu").threshold == 7
     assert arena.threshold_on("cpu") == 5 * 2**20
-    del made
+    profile_path("cpu").unlink()
+    forget_profiles()
+    ls.plan(made.problem, "sdpa")
+    assert arena.threshold_on("cpu") == arena.threshold
 
 
 def test_where_it_pays_is_part_of_the_profile():

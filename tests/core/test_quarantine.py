@@ -381,6 +381,16 @@ def test_forty_processes_at_once(starts):
     assert starts.files == []
 
 
+def test_what_cannot_be_read_hides_no_other_record(tmp_path, monkeypatch):
+    monkeypatch.setenv("LONGSPAN_CACHE", str(tmp_path))
+    folder = tmp_path / "quarantine"
+    (folder / "a-folder.crashed").mkdir(parents=True)
+    (folder / "deep.crashed").write_text("[" * 100_000)
+    crash = quarantine.Crash("z", "acme-z", "1", quarantine._environment(), 1, "0", quarantine._machine(), 0.0)
+    (folder / "z.crashed").write_text(json.dumps(asdict(crash)))
+    assert quarantine.crashes() == (crash,)
+
+
 @pytest.mark.parametrize("leaves", ["removed", "empty", "other"])
 def test_a_process_that_ends_well_after_its_file_was_read(tmp_path, monkeypatch, leaves):
     """Its file named an import when it was read, and its process was gone when that was looked up."""

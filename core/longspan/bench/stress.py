@@ -45,10 +45,15 @@ def stress(seconds: float, threads: int) -> dict[str, Any]:
     Returns:
         calls, and what went wrong: texts of `failures`, threads that never came back (`stuck`).
     """
+    with buffer_arena().serving_from(0):
+        return _stress(seconds, threads)
+
+
+def _stress(seconds: float, threads: int) -> dict[str, Any]:
     arena, cache = buffer_arena(), PatternCache(limit=100_000)
-    before = arena.threshold, arena.thresholds, arena.poison, torch.get_num_threads()
+    before = arena.poison, torch.get_num_threads()
     torch.set_num_threads(1)
-    arena.threshold, arena.thresholds, arena.poison = 0, {}, True
+    arena.poison = True
     failures: list[str] = []
     counts = [0] * threads
     sizes: list[int] = []
@@ -75,8 +80,8 @@ def stress(seconds: float, threads: int) -> dict[str, Any]:
             worker.join(60)
         stats = arena.stats
     finally:
-        arena.threshold, arena.thresholds, arena.poison = before[:3]
-        torch.set_num_threads(before[3])
+        arena.poison = before[0]
+        torch.set_num_threads(before[1])
     half = sizes[len(sizes) // 2 :]
     return {
         "seconds": seconds,

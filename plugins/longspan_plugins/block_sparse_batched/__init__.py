@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan import BlockLayout, Capabilities, Kernel, Problem, Reason, blockwise, hookimpl
+from longspan import BlockLayout, Capabilities, Kernel, Problem, Reason, blockwise, containment, hookimpl
 
 SCORES = 2**28
 """Query-key pairs that one launch may hold."""
@@ -69,19 +69,24 @@ def _dense_kernel(problem: Problem) -> Kernel:
             out += blockwise.taint(value)
         return out.to(query.dtype), lse.view(query.shape[:3])
 
-    def backward(
+    def run(
         dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         q, do, o = _together(wide, query, dout, out)
         k, v = _together(wide, key, value)
         weights = _scores(q, k, is_causal, scale).sub_(lse.reshape(*q.shape[:2], 1).to(wide)).exp_()
         slope = (do @ v.mT).sub_((do * o).sum(-1, keepdim=True)).mul_(weights).mul_(scale)
-        if is_causal:  # 0 times NaN again
-            slope.masked_fill_(_hidden(q.shape[1], q.device), 0.0)
-            k = torch.where(k.isfinite(), k, 0.0)
         grads = (slope @ k, query), (slope.mT @ q, key), (weights.mT @ do, value)
         dquery, dkey, dvalue = (grad.view(like.shape).to(like.dtype) for grad, like in grads)
         return dquery, dkey, dvalue
+
+    def backward(
+        dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        found = run(dout, query, key, value, out, lse)
+        if not is_causal or containment.is_finite(*found):  # else hidden weights of 0 were multiplied with NaN
+            return found
+        return containment.backward(run, dout, query, key, value, out, lse, scale=scale, mask=None)
 
     return Kernel(forward, backward, ("aten::baddbmm", "aten::bmm"))
 

@@ -103,6 +103,9 @@ def _table(layouts: Sequence[BlockCSR], dtype: torch.dtype) -> tuple[Tensor, lis
 
 def _padded(csr: BlockCSR, first: int, head: int, rows: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Block columns `(rows, most)`, numbered over all heads, and their masks in the table."""
+    if not csr.nnz:
+        nothing = torch.zeros(len(rows), most, dtype=torch.int64)
+        return nothing + head * csr.columns, nothing + ABSENT
     place = csr.indptr[rows][:, None] + torch.arange(most)
     there = place < csr.indptr[rows + 1][:, None]
     place = torch.where(there, place, 0)

@@ -71,7 +71,7 @@ def _attend(batch: Batch, query: Tensor, key: Tensor, value: Tensor, scale: floa
     """`(lines, size, head_dim)` and `(lines, size)` of tensors `(tokens, head_dim)`."""
     q, k, v = _rows(batch, query), _keys(batch, key), _keys(batch, value)
     out, lse = _products(batch, q, k, v, scale)
-    if batch.masks is not None and not math.isfinite(out.sum()) and not containment.is_finite(q, k, v):
+    if batch.masks is not None and not (math.isfinite(out.sum()) or containment.is_finite(out)):
         # One head of many lines, for the core's arithmetic.
         def run(*tensors: Tensor) -> tuple[Tensor, Tensor]:
             clean = [x.squeeze(1) for x in tensors]

@@ -112,7 +112,7 @@ APART void settle(int64_t keys, float *scores, const float *lse, const float *na
 /* Whether scores come from products of bfloat16 pairs. */
 INLINE int paired(const Job *job) {
 #if defined(__AVX512BF16__)
-    return job->kind == 1 && job->dim % 2 == 0;
+    return job->kind == 1 && job->dim % 2 == 0 && job->scale > 0; /* as the forward, whose rounding the lse has */
 #else
     return 0;
 #endif

@@ -53,9 +53,14 @@ def backward(
     """Gradients for the joint `(out, lse)`."""
     if mask is not None:
         return _masked_backward(dout, query, key, value, out, lse, scale, mask)
-    result: Gradients = _flash_backward(dout, query, key, value, out, lse, 0.0, is_causal, scale=scale)
+
+    def run(*tensors: Tensor) -> Gradients:
+        found: Gradients = _flash_backward(*tensors, 0.0, is_causal, scale=scale)
+        return found
+
+    result = run(dout, query, key, value, out, lse)
     if is_causal and not is_finite(*result):
-        return blockwise.backward(dout, query, key, value, out, lse, is_causal=True, scale=scale)
+        return containment.backward(run, dout, query, key, value, out, lse, scale=scale, mask=None)
     return result
 
 
@@ -66,8 +71,10 @@ def _masked(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tenso
             lse = lse.masked_fill((lse == 0) & (mask == -math.inf).all(-1), -math.inf)
         return out, lse
 
-    if is_finite(query, key, value):
-        return run(query, key, value)
+    query, key, value = map(_aligned, (query, key, value))
+    out, lse = run(query, key, value)
+    if is_finite(out, query, key, value) and not bool(lse.isnan().any()):
+        return out, lse
     return containment.forward(run, query, key, value, scale=scale, mask=mask == 0)
 
 
@@ -78,6 +85,15 @@ def _masked_backward(
         found: Gradients = _flash_backward(*tensors, 0.0, False, attn_mask=mask, scale=scale)
         return found
 
-    if is_finite(dout, query, key, value, out) and not bool(lse.isnan().any()):
-        return run(dout, query, key, value, out, lse.masked_fill(lse == -math.inf, math.inf))  # for weights of 0
+    dout, query, key, value, out, lse = map(_aligned, (dout, query, key, value, out, lse))
+    found = run(dout, query, key, value, out, lse.masked_fill(lse == -math.inf, math.inf))  # for weights of 0
+    if is_finite(*found):
+        return found
     return containment.backward(run, dout, query, key, value, out, lse, scale=scale, mask=mask == 0)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor as one without what is not finite would be: the bits of products depend on strides and alignment."""
+    if tensor.is_contiguous() and tensor.data_ptr() % 64 == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
