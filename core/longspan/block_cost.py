@@ -18,10 +18,7 @@ __all__ = ["Costs", "model", "settle"]
 
 @frozen
 class Costs:
-    """Modelled times, in those of dense attention without a mask: of the blocks, and of dense attention under a mask.
-
-    `masked` is infinite where the backend takes no mask.
-    """
+    """Modelled times, in those of dense attention: of the blocks, and of dense attention under a mask."""
 
     blocks: float
     masked: float

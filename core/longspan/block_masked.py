@@ -7,6 +7,7 @@ made when it runs and thrown away, so memory stays O(non-zeros) but for one slab
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from longspan import blockwise
 from longspan.block_csr import BlockCSR
 from longspan.block_layout import BlockLayout
 from longspan.block_tiles import FULL
+from longspan.buffers import Workspace
 from longspan.execution import Step
 from longspan.layout import Call, Heads, Layout
 from longspan.lowering import head_pairs
@@ -28,6 +30,8 @@ __all__ = ["MaskedLayout", "MaskedStep", "Slab", "masked_layout", "masked_pairs"
 
 ROWS, KEYS = 1024, 8192
 """Queries and keys of a slab, about: tall enough for every kernel, 32 MiB of mask at most in float32."""
+LEASED = 2**19
+"""Elements from which on a mask's memory is kept from call to call: fresh pages would cost as much as writing it."""
 
 
 @frozen(eq=False)
@@ -51,8 +55,18 @@ class Slab:
         size = self.csr.block_size
         return slice(self.columns.start * size, min(self.csr.kv_len, self.columns.stop * size))
 
-    def mask(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """`(1, 1, queries, keys)`: 0 where a query sees a key, else -inf."""
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Queries and keys of its blocks, those that the sequence lacks among them."""
+        size = self.csr.block_size
+        return (self.rows.stop - self.rows.start) * size, (self.columns.stop - self.columns.start) * size
+
+    def fill(self, mask: Tensor) -> Tensor:
+        """Write the mask, 0 where a query sees a key and else -inf, into a tensor `shape` of the CPU.
+
+        Returns:
+            `(1, 1, queries, keys)`, those that the sequence has.
+        """
         csr, size = self.csr, self.csr.block_size
         low, high = self.rows.start, self.rows.stop
         with torch.inference_mode(False), torch.device("cpu"):
@@ -60,42 +74,56 @@ class Slab:
             entries = slice(int(ends[0]), int(ends[-1]))
             row = torch.repeat_interleave(torch.arange(high - low), ends.diff())
             column = csr.indices[entries].long() - self.columns.start
-            states = csr.tiles[entries].long()
             mine = (column >= 0) & (column < self.columns.stop - self.columns.start)
-            row, column, states = row[mine], column[mine], states[mine]
-            made = torch.full((high - low, size, self.columns.stop - self.columns.start, size), -torch.inf, dtype=dtype)
-            blocks = made.transpose(1, 2)
-            full = states == FULL
-            blocks[row[full], column[full]] = 0.0
-            if not bool(full.all()):
-                partial, place = torch.unique(states[~full] - 1, return_inverse=True)
-                tiles = torch.zeros(len(partial), size, size, dtype=dtype)
-                blocks[row[~full], column[~full]] = tiles.masked_fill_(~csr.masks[partial], -torch.inf)[place]
+            row, column, states = row[mine], column[mine], csr.tiles[entries].long()[mine]
+            lines = torch.full((high - low, self.columns.stop - self.columns.start), -torch.inf, dtype=mask.dtype)
+            lines[row, column] = 0.0
+            lines = lines.repeat_interleave(size, dim=1)[:, None]
+            mixed = states != FULL
+            partial, place = torch.unique(states[mixed] - 1, return_inverse=True)
+            tiles = torch.zeros(len(partial), size, size, dtype=mask.dtype)
+            tiles.masked_fill_(~csr.masks[partial], -torch.inf)
+        mask.view(high - low, size, -1).copy_(lines)  # rows of blocks, as if all that are kept were full
+        mask.view(high - low, size, -1, size).transpose(1, 2)[row[mixed], column[mixed]] = tiles[place]
         lead = max(0, csr.query_offset - csr.first_row * size - low * size)
         queries, keys = self.queries.stop - self.queries.start, self.keys.stop - self.keys.start
-        return made.view((high - low) * size, -1)[None, None, lead : lead + queries, :keys].to(device)
+        return mask[None, None, lead : lead + queries, :keys]
 
 
 class MaskedStep(Step):
-    """A kernel under the mask of one slab."""
+    """A kernel under the mask of one slab, in memory from a workspace."""
 
-    __slots__ = ("slab",)
+    __slots__ = ("_memory", "slab")
 
-    def __init__(self, kernel: Kernel, backend: str, *, gqa: bool, scale: float, slab: Slab) -> None:
+    def __init__(
+        self, kernel: Kernel, backend: str, *, gqa: bool, scale: float, slab: Slab, memory: Workspace | None = None
+    ) -> None:
         super().__init__(kernel, backend, gqa=gqa, is_causal=False, scale=scale)
-        self.slab = slab
+        self.slab, self._memory = slab, memory
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
         """The kernel's forward under the mask."""
-        return super().forward(query, key, value, mask=self.slab.mask(query.dtype, query.device), **given)
+        with self._mask(query) as mask:
+            return super().forward(query, key, value, mask=mask, **given)
 
     def backward(self, *tensors: Tensor, dlse: Tensor | None, **given: Any) -> tuple[Tensor, Tensor, Tensor]:
         """The kernel's backward under the mask, or the core's."""
-        mask = self.slab.mask(tensors[0].dtype, tensors[0].device)
-        if self._backward is not None and dlse is None:
-            return super().backward(*tensors, dlse=None, mask=mask, **given)
-        given |= {"is_causal": False, "scale": self.scale, "dlse": dlse, "mask": mask == 0}
-        return blockwise.backward(*tensors, **given)
+        with self._mask(tensors[0]) as mask:
+            if self._backward is not None and dlse is None:
+                return super().backward(*tensors, dlse=None, mask=mask, **given)
+            given |= {"is_causal": False, "scale": self.scale, "dlse": dlse, "mask": mask == 0}
+            return blockwise.backward(*tensors, **given)
+
+    @contextmanager
+    def _mask(self, like: Tensor) -> Iterator[Tensor]:
+        """`(1, 1, queries, keys)` of this tensor's dtype, where it is."""
+        rows, columns = self.slab.shape
+        cpu = torch.device("cpu")
+        if self._memory is None or rows * columns < LEASED:
+            yield self.slab.fill(torch.empty(rows, columns, dtype=like.dtype, device=cpu)).to(like.device)
+            return
+        with self._memory.temporary("mask", (rows, columns), like.dtype, cpu, always=True) as memory:
+            yield self.slab.fill(memory).to(like.device)
 
 
 @frozen

@@ -88,11 +88,13 @@ def make_runner(
         return BlockRunner(layout, jobs, parts, problem.scale, kernels, lender)
     made: dict[Problem, Kernel] = {}
     steps: list[Step] = []
+    memory = Workspace((), lender)
     for number, call in enumerate(layout.calls):
         dense = dense_problem(problem, call, can.gqa)
         kernel = made[dense] = made.get(dense) or kernel_for(dense)
         if isinstance(layout, MaskedLayout):
-            steps.append(MaskedStep(kernel, backend, gqa=can.gqa, scale=dense.scale, slab=layout.slabs[number]))
+            slab = layout.slabs[number]
+            steps.append(MaskedStep(kernel, backend, gqa=can.gqa, scale=dense.scale, slab=slab, memory=memory))
         else:
             steps.append(Step(kernel, backend, gqa=can.gqa, is_causal=dense.is_causal, scale=dense.scale))
     return LoweredRunner(layout, steps, kernels, lender)

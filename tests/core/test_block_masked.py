@@ -25,6 +25,7 @@ def as_masked(monkeypatch):
     )
     monkeypatch.setattr(block_masked, "ROWS", 24)
     monkeypatch.setattr(block_masked, "KEYS", 16)
+    monkeypatch.setattr(block_masked, "LEASED", 100)
     planner.forget()
     yield
     planner.forget()
