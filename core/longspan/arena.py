@@ -140,10 +140,14 @@ class BufferArena:
     @property
     def stats(self) -> ArenaStats:
         """What it holds now and did so far."""
-        with self._lock:
-            leased = sum(block.size for block in self._blocks if not block.is_free())
-            counts = self._reused, self._fresh, self._passed, self._withdrawn, self._dropped
-            found = ArenaStats(self._held, leased, self._peak, len(self._blocks), *counts)
+        for _ in range(3):  # a plan may die while they are taken: what it alone needed is not to be counted
+            self._settle()
+            with self._lock:
+                leased = sum(block.size for block in self._blocks if not block.is_free())
+                counts = self._reused, self._fresh, self._passed, self._withdrawn, self._dropped
+                found = ArenaStats(self._held, leased, self._peak, len(self._blocks), *counts)
+            if not self._left:
+                break
         self._settle()
         return found
 
