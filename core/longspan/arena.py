@@ -222,7 +222,7 @@ class BufferArena:
         if not block.is_allocated:
             try:
                 block.allocate()
-            except BaseException:
+            except BaseException:  # an interrupt too: its room is not to be counted
                 with self._lock:
                     self._forget(block)
                 raise

@@ -112,7 +112,7 @@ class PatternCache:
     def get_batch(self, keys: Iterable[Hashable]) -> list[Any | None]:
         """The layouts kept under these keys; those that have to come back to a device come by one transfer."""
         keys = list(keys)
-        self._promote([self._entries[key] for key in keys if key in self._entries])
+        self._promote(self._present(keys))
         return [self.get(key) for key in keys]
 
     def prefetch(self, keys: Iterable[Hashable]) -> int:
@@ -122,7 +122,12 @@ class PatternCache:
             keys: keys, or problems, each of which stands for all of its keys.
         """
         wanted = [one for key in keys for one in self._matching(key)]
-        return self._promote([self._entries[key] for key in wanted if key in self._entries])
+        return self._promote(self._present(wanted))
+
+    def _present(self, keys: Iterable[Hashable]) -> list[Entry]:
+        """Their entries; each looked up once, as another thread may push one out between two looks."""
+        found = [self._entries.get(key) for key in keys]
+        return [entry for entry in found if entry is not None]
 
     def pin(self, key: Hashable) -> None:
         """Keep an entry, where it is, until it is unpinned as often as it was pinned.

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import random
+import threading
+import time
+
+import attrs
 import pytest
+import torch
+from fake_device import FakeMover
 
 from longspan.bench.stress import stress
+from longspan.cache import PatternCache
+from longspan.errors import ArgumentError
 
 
 @pytest.mark.parametrize("threads", [16])
@@ -20,3 +29,90 @@ def test_many_threads_for_a_minute():
     found = stress(60.0, 16)
     assert found["failures"] == [] and found["stuck"] == 0 and found["leased_at_the_end"] == 0
     assert found["resident_growth_in_the_second_half"] < 0.05
+
+
+@attrs.frozen
+class Held:
+    tensor: torch.Tensor
+
+
+class LockedMover(FakeMover):
+    """The stand-in for a device, used by threads: a transfer is garbage until somebody waits for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.RLock()
+
+    def _start(self, copy):
+        with self.lock:
+            return super()._start(copy)
+
+    def run_until(self, number):
+        with self.lock:
+            super().run_until(number)
+
+
+def on_two_tiers(seconds, threads):
+    """Puts, gets, batches, prefetches and pins that are held meanwhile; room for some keys on each tier."""
+    mover, failures, counts = LockedMover(), [], [0] * threads
+    cache = PatternCache(60_000, 20_000, mover_of=lambda _: mover)
+    end = time.monotonic() + seconds
+
+    def value(key):
+        return Held(torch.full((50 + 13 * (key % 20),), key, dtype=torch.int64))
+
+    def check(key, found):
+        if found is not None:
+            assert torch.equal(found.tensor, value(key).tensor), f"key {key} is another's, or not there yet"
+
+    def work(number):
+        draw, pinned = random.Random(number), None
+        try:
+            while time.monotonic() < end and not failures:
+                keys = [draw.randrange(200) for _ in range(3)]
+                step = draw.randrange(5)
+                if step == 0:
+                    cache.put(keys[0], value(keys[0]))
+                elif step == 1:
+                    check(keys[0], cache.get(keys[0]))
+                elif step == 2:
+                    for key, found in zip(keys, cache.get_batch(keys), strict=True):
+                        check(key, found)
+                elif step == 3:
+                    cache.prefetch(keys)
+                elif pinned is None:
+                    pinned = 1000 + number  # its own: it must outlive what the others push out
+                    cache.put(pinned, value(pinned))
+                    try:
+                        cache.pin(pinned)
+                    except ArgumentError:  # another thread's put pushed it out in between
+                        pinned = None
+                else:
+                    found = cache.get(pinned)
+                    assert found is not None, "a pinned entry was dropped"
+                    check(pinned, found)
+                    cache.unpin(pinned)
+                    pinned = None
+                counts[number] += 1
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is what we look for
+            failures.append(f"thread {number}, step {counts[number]}: {type(error).__name__}: {error}")
+
+    workers = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(seconds + 60)
+    assert mover.number > threads, "nothing was moved between the tiers"
+    return failures, sum(worker.is_alive() for worker in workers), sum(counts), cache.stats
+
+
+def test_many_threads_on_two_tiers():
+    failures, stuck, calls, stats = on_two_tiers(3.0, 16)
+    assert failures == [] and stuck == 0 and calls > 1000
+    assert stats.evictions and stats.hits
+
+
+@pytest.mark.slow
+def test_many_threads_on_two_tiers_for_a_minute():
+    failures, stuck, _, _ = on_two_tiers(60.0, 16)
+    assert failures == [] and stuck == 0
