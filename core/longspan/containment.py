@@ -118,7 +118,8 @@ def _sees(mask: Tensor, bad: Tensor, heads: int) -> Tensor:
 
 def _bad(tensor: Tensor, most: float) -> Tensor:
     """Rows that hold NaN, inf, or more than `most`."""
-    fine = tensor.isfinite() if most == math.inf else tensor.abs() <= most
+    narrow = most >= torch.finfo(tensor.dtype).max  # as a number of this dtype the bound would be inf
+    fine = tensor.isfinite() if narrow else tensor.abs() <= most
     return (~fine).any(-1)
 
 
