@@ -18,6 +18,7 @@ from longspan.policy import Policy
 from longspan.resolve import demand
 from longspan.runners import make_runner
 from longspan.spec import Forward, Problem, Resolution
+from longspan.tensors import wide_dtype
 from longspan.topk_runner import ChoosingRunner
 from longspan.verification import Verification, observe
 
@@ -151,8 +152,22 @@ class Plan:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients `(dquery, dkey, dvalue)`, for callers that keep what the forward gave them.
 
-        `dlse` is the gradient with respect to `lse`, if any; `seed` the forward's dropout seed.
+        Args:
+            dout: the gradient with respect to `out`, of its shape and dtype.
+            query: as the forward took it, and so are `key` and `value`.
+            key: see `query`.
+            value: see `query`.
+            out: what the forward returned, or that of a softmax over more keys.
+            lse: see `out`; float32, or float64 for float64 inputs.
+            dlse: the gradient with respect to `lse`, of its shape and dtype, if there is any.
+            seed: the forward's dropout seed.
+
+        Raises:
+            ArgumentError: a tensor is not what the plan was made for.
         """
+        check_seed(seed)
+        self._check(query, key, value)
+        self._check_results(dout, query, out, lse, dlse)
         draw = Draw(self.problem.dropout_p, seed, self.problem.query_offset) if self.problem.dropout_p else None
         return self._runner.backward(dout, query, key, value, out, lse, draw, dlse)
 
@@ -183,6 +198,24 @@ class Plan:
             if tensor.shape != shape or tensor.dtype is not self._dtype or not here:
                 raise ArgumentError(name, got, want, "make a plan for these tensors with Problem.like")
         return query, key, value
+
+    def _check_results(self, dout: Tensor, query: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> None:
+        """Refuse what the forward of these queries cannot have returned, and gradients of something else."""
+        device, wide = query.device, wide_dtype(self._dtype)
+        for name, tensor, shape, dtype in (
+            ("dout", dout, self._query_shape, self._dtype),
+            ("out", out, self._query_shape, self._dtype),
+            ("lse", lse, self._query_shape[:3], wide),
+            ("dlse", dlse, self._query_shape[:3], wide),
+        ):
+            if tensor is None and name == "dlse":
+                continue
+            if not isinstance(tensor, Tensor):
+                raise ArgumentError(name, type(tensor).__name__, "a torch.Tensor", f"torch.as_tensor({name})")
+            if tensor.shape != shape or tensor.dtype is not dtype or tensor.device != device:
+                got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+                want = f"{tuple(shape)} {dtype} on {device}, as the forward's"
+                raise ArgumentError(name, got, want, "pass what this plan's forward returned, and gradients like it")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return plan, (self.problem, self.backend)

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from array import array
 from collections.abc import Sequence
 
-from torch import Tensor
-
-__all__ = ["WORDS", "bits", "run", "strides"]
+__all__ = ["WORDS", "bits", "run"]
 
 WORDS = 7 + 1 + 5 + 2 + 5 + 5 * 3 + 5 + 3 * 3 + 3 + 2 + 3 + 3 + 4
-_Words = ctypes.c_int64 * WORDS
 
 
 def bits(number: float) -> int:
     """A double's bits, as an integer."""
     return int(struct.unpack("q", struct.pack("d", number))[0])
-
-
-def strides(tensor: Tensor | None) -> tuple[int, ...]:
-    """Batch, head and row strides, in elements."""
-    return (0, 0, 0) if tensor is None else tensor.stride()[:3]
 
 
 def run(function: ctypes._NamedFuncPointer, words: Sequence[int]) -> None:
@@ -30,5 +23,8 @@ def run(function: ctypes._NamedFuncPointer, words: Sequence[int]) -> None:
     Raises:
         MemoryError: there was no memory for the threads' own buffers.
     """
-    if function(ctypes.byref(_Words(*words))):
+    job = array("q", words)  # a third of what a ctypes array of so many numbers costs
+    if len(job) != WORDS:
+        raise ValueError(f"a job of {len(job)} words, want {WORDS}")
+    if function(job.buffer_info()[0]):
         raise MemoryError("no memory for attention's buffers. Next: use fewer threads, torch.set_num_threads(1)")

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from longspan import cache_folder
 from longspan_plugins.cpu_fused.binding import WORDS
+from longspan_plugins.cpu_fused.gate import check_made
 
 __all__ = ["Library", "compiler", "load"]
 
@@ -54,11 +55,12 @@ class Library:
     ) -> list[int]:
         """How many tiles, segments, rows and keys heads with these branches (w, r, s) have; written where told to."""
         assert self.handle is not None  # callers ask for a program only then
-        told, rows = (ctypes.c_int64 * 4)(), torch.tensor(branches, dtype=torch.int64)
+        told, rows = (ctypes.c_int64 * 4)(), torch.tensor(branches, dtype=torch.int64, device="cpu")
+        rows_at, documents_at = check_made(rows, torch.int64), check_made(documents, torch.int64)
         refused = self.handle.longspan_dilated(
-            *(ctypes.c_int64(len(branches)), ctypes.c_void_p(rows.data_ptr())),
+            *(ctypes.c_int64(len(branches)), ctypes.c_void_p(rows_at)),
             ctypes.c_int64(lcm(*(r for _, r, _ in branches))),
-            *(ctypes.c_int64(len(documents)), ctypes.c_void_p(documents.data_ptr()), ctypes.c_int64(is_causal)),
+            *(ctypes.c_int64(len(documents)), ctypes.c_void_p(documents_at), ctypes.c_int64(is_causal)),
             *(ctypes.c_void_p(tiles), ctypes.c_void_p(segments)),
             *(ctypes.c_int64(base), told),
         )

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd import profiler
 
-from longspan import Dropout, Kernel, Problem
-from longspan_plugins.cpu_fused.binding import bits, run, strides
+from longspan import ArgumentError, Dropout, Kernel, Problem
+from longspan_plugins.cpu_fused.binding import bits, run
+from longspan_plugins.cpu_fused.gate import Passed, check_made, passed, passed_inputs
 from longspan_plugins.cpu_fused.library import Library
-from longspan_plugins.cpu_fused.program import TILE, Program
+from longspan_plugins.cpu_fused.program import TILE, Program, check_program
 from longspan_plugins.cpu_fused.shares import Shares, share
 from longspan_plugins.cpu_fused.table import Table
 
@@ -37,7 +38,9 @@ class _Native:
     def __init__(self, problem: Problem, program: Program, library: Library) -> None:
         assert library.handle is not None  # there is a program
         self._forward, self._backward = library.handle.longspan_forward, library.handle.longspan_backward
-        self._lanes, self._program = library.lanes, program
+        check_program(program, problem)
+        self._lanes, self._program, self._problem = library.lanes, program, problem
+        self._dtype: torch.dtype = getattr(torch, problem.dtype)
         self._scale = bits(problem.scale)
         self._of_heads = {len(program.of_head): program.of_head}  # a lowered problem may come with other heads
         self._shared: dict[int, Shares] = {}
@@ -46,15 +49,22 @@ class _Native:
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, dropout: Dropout | None = None
     ) -> tuple[Tensor, Tensor]:
-        out = torch.empty(query.shape, dtype=query.dtype)
-        lse = torch.empty(query.shape[:3], dtype=torch.float32)
+        inputs = passed_inputs(self._problem, self._dtype, query, key, value)
+        out = torch.empty_like(inputs[0][0], memory_format=torch.contiguous_format)
+        shape = out.shape
+        _, heads, rows, dim = shape
+        lse = torch.empty(shape[:3], dtype=torch.float32, device="cpu")
+        results = (
+            (out, check_made(out, self._dtype), (heads * rows * dim, rows * dim, dim)),
+            (lse, check_made(lse, torch.float32), (heads * rows, rows, 1)),
+        )
         if not self._program.covered:
             out.zero_()
             lse.fill_(-torch.inf)
-        threads = self._threads(query, 2)
-        words = self._job(query, key, value, out, lse, threads)
+        drawn = None if dropout is None else _drawn(dropout, shape, key.shape)
+        words = self._job(inputs, results, shape, key.shape[1], self._threads(shape, 2))
         with _traced():
-            run(self._forward, [*words, *(0,) * 14, *_dropout_words(dropout)])
+            run(self._forward, [*words, *(0,) * 14, *_dropout_words(dropout, drawn)])
         return out, lse
 
     def backward(
@@ -68,26 +78,36 @@ class _Native:
         dropout: Dropout | None = None,
         dlse: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        batch, kv_heads, keys, dim = key.shape
+        inputs = passed_inputs(self._problem, self._dtype, query, key, value)
+        shape, (batch, kv_heads, keys, dim) = query.shape, key.shape
+        results = passed("out", out, self._dtype, shape), passed("lse", lse, torch.float32, shape[:3])
+        slope = passed("dout", dout, self._dtype, shape)
+        more = None if dlse is None else passed("dlse", dlse, torch.float32, shape[:3])
+        drawn = None if dropout is None else _drawn(dropout, shape, key.shape)
         padded = -(-dim // self._lanes) * self._lanes
-        threads = self._threads(query, 5)
+        fresh = torch.empty if self._program.covered else torch.zeros
+        dquery = fresh(shape, dtype=self._dtype, device="cpu")
+        target = dquery, check_made(dquery, self._dtype), dquery.stride()
+        threads = self._threads(shape, 5)
         shares = self._shares(min(-(-threads // max(1, batch * kv_heads)), max(1, len(self._program.tiles))))
-        dquery = (torch.empty if self._program.covered else torch.zeros)(query.shape, dtype=query.dtype)
 
         def zeros(length: int) -> Pair:
-            return torch.zeros(batch, kv_heads, length, padded), torch.zeros(batch, kv_heads, length, padded)
+            """What the kernels add up in: single precision, whatever the inputs' and torch's default dtype are."""
+            wide = batch, kv_heads, length, padded
+            dkey = torch.zeros(wide, dtype=torch.float32, device="cpu")
+            return dkey, torch.zeros(wide, dtype=torch.float32, device="cpu")
 
         sums = [zeros(keys)]
         home = max(range(shares.count), key=lambda number: shares.keys[number][1] - shares.keys[number][0])
-        held = self._job(query, key, value, out, lse, threads)
+        held = self._job(inputs, results, shape, kv_heads, threads)
 
         def words(tiles: Table, many: int, where: Table, threads: int) -> list[int]:
             """For `many` shares, which add up the gradients of keys and values at the addresses in `where`."""
             given = list(held)
             given[THREADS], given[PARTS] = threads, many
-            addresses = dout.data_ptr(), 0 if dlse is None else dlse.data_ptr(), dquery.data_ptr()
-            more = (*strides(dout), *strides(dlse), *strides(dquery))
-            return [*given, *addresses, tiles.address, where.address, *more, *_dropout_words(dropout)]
+            addresses = slope[1], 0 if more is None else more[1], target[1]
+            steps = (*slope[2][:3], *((0, 0, 0) if more is None else more[2]), *target[2][:3])
+            return [*given, *addresses, tiles.address, where.address, *steps, *_dropout_words(dropout, drawn)]
 
         if shares.between is None:
             places = []
@@ -106,24 +126,30 @@ class _Native:
         for (low, high), part in zip(others, sums[1:], strict=False):  # there are none where all shares have one place
             for total, some in zip(sums[0], part, strict=True):
                 total[:, :, low:high] += some
-        dkey, dvalue = (total[..., :dim].to(key.dtype) for total in sums[0])
+        dkey, dvalue = (total[..., :dim].to(self._dtype) for total in sums[0])
         return dquery, dkey, dvalue
 
-    def _job(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, threads: int) -> list[int]:
+    def _job(
+        self, inputs: Sequence[Passed], results: Sequence[Passed], shape: Sequence[int], kv_heads: int, threads: int
+    ) -> list[int]:
         """The words up to the backward's."""
         program = self._program
-        batch, heads, _, dim = query.shape
+        batch, heads, _, dim = shape
         of_head = self._of_heads.get(heads)
         if of_head is None:
+            if len(program.ranges) != 1:
+                raise ArgumentError("query", f"{heads} heads", f"{self._problem.heads}, as planned", "make a plan")
             # setdefault: another thread's table, once it is in use, is not to be replaced, which would free it
-            of_head = self._of_heads.setdefault(heads, Table.of(torch.zeros(heads, dtype=torch.int64)))
+            of_head = self._of_heads.setdefault(heads, Table.of(torch.zeros(heads, dtype=torch.int64, device="cpu")))
         masks = program.masks
+        (_, query, query_at), (_, key, key_at), (_, value, value_at) = inputs
+        (_, out, out_at), (_, lse, lse_at) = results
         return [
             batch,
             heads,
-            max(1, heads // max(1, key.shape[1])),  # without heads too the kernels divide by it
+            max(1, heads // max(1, kv_heads)),  # without heads too the kernels divide by it
             dim,
-            KINDS[query.dtype],
+            KINDS[self._dtype],
             threads,
             1,
             self._scale,
@@ -134,16 +160,16 @@ class _Native:
             0 if masks is None else masks.address,
             0 if masks is None else masks.shape[1],
             0 if masks is None else masks.shape[2],
-            query.data_ptr(),
-            key.data_ptr(),
-            value.data_ptr(),
-            out.data_ptr(),
-            lse.data_ptr(),
-            *strides(query),
-            *strides(key),
-            *strides(value),
-            *strides(out),
-            *strides(lse),
+            query,
+            key,
+            value,
+            out,
+            lse,
+            *query_at[:3],
+            *key_at[:3],
+            *value_at[:3],
+            *out_at[:3],
+            *lse_at,
         ]
 
     def _shares(self, count: int) -> Shares:
@@ -152,31 +178,34 @@ class _Native:
             found = self._shared.setdefault(count, share(self._program, count))
         return found
 
-    def _threads(self, query: Tensor, products: int) -> int:
-        work = products * self._pairs * query.shape[0] * query.shape[1] * query.shape[3]
+    def _threads(self, shape: Sequence[int], products: int) -> int:
+        work = products * self._pairs * shape[0] * shape[1] * shape[3]
         return max(1, min(torch.get_num_threads(), work // PAYS))
 
 
-def _dropout_words(dropout: Dropout | None) -> list[int]:
-    if dropout is None:
+def _drawn(dropout: Dropout, query: Sequence[int], key: Sequence[int]) -> tuple[Passed, Passed, Passed]:
+    """The numbers of lines, queries and keys, for tensors of these shapes."""
+    found = []
+    for name, most in (("lines", query[:2]), ("queries", query[:3]), ("keys", key[:3])):
+        tensor: Tensor = getattr(dropout, name)
+        shape = tuple(size if size == 1 else many for size, many in zip(tensor.shape, most, strict=True))
+        kept, address, strides = passed(f"dropout's {name}", tensor, torch.int64, shape)
+        # A dimension of 1 stands for any size: that of keys that several heads share.
+        found.append((kept, address, tuple(0 if size == 1 else at for size, at in zip(shape, strides, strict=True))))
+    return found[0], found[1], found[2]
+
+
+def _dropout_words(dropout: Dropout | None, drawn: tuple[Passed, Passed, Passed] | None) -> list[int]:
+    if dropout is None or drawn is None:
         return [0] * 15
     return [
-        dropout.lines.data_ptr(),
-        dropout.queries.data_ptr(),
-        dropout.keys.data_ptr(),
-        *_broadcast(dropout.lines),
-        *_broadcast(dropout.queries),
-        *_broadcast(dropout.keys),
+        *(address for _, address, _ in drawn),
+        *(step for _, _, strides in drawn for step in strides),
         (dropout.seed + 2**63) % 2**64 - 2**63,
         bits(1.0 / (1.0 - dropout.p)),
         int(dropout.p * 2**32) - 2**31,
         0,
     ]
-
-
-def _broadcast(tensor: Tensor) -> list[int]:
-    """Strides for dimensions of 1 that stand for any size: those of keys that several heads share."""
-    return [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
 
 
 def _places(sums: Sequence[tuple[Pair, int]]) -> Table:
@@ -186,7 +215,7 @@ def _places(sums: Sequence[tuple[Pair, int]]) -> Table:
         dkey, dvalue = both
         shift = dkey.element_size() * first * dkey.stride(2)
         rows.append([dkey.data_ptr() - shift, dvalue.data_ptr() - shift, dkey.stride(0), dkey.stride(1)])
-    return Table.of(torch.tensor(rows, dtype=torch.int64))
+    return Table.of(torch.tensor(rows, dtype=torch.int64, device="cpu"))
 
 
 class _Untraced:

@@ -15,11 +15,11 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from longspan import BlockSparse, Dense, Dilated, Problem, SlidingWindow
+from longspan import BlockSparse, Dense, Dilated, LongspanError, Problem, SlidingWindow
 from longspan_plugins.cpu_fused.library import Library
 from longspan_plugins.cpu_fused.table import Table
 
-__all__ = ["FAR", "TILE", "Program", "program_for"]
+__all__ = ["FAR", "TILE", "Program", "check_program", "program_for"]
 
 TILE = 128
 FEW = 8
@@ -71,6 +71,51 @@ class Program:
         """Memory held."""
         held = (self.tiles, self.segments, self.ranges, self.of_head, self.masks)
         return sum(one.nbytes for one in held if one is not None)
+
+
+def check_program(program: Program, problem: Problem) -> None:
+    """Refuse a program that leads the kernels out of its tables, or out of tensors as long as the problem's.
+
+    Raises:
+        LongspanError: it does.
+    """
+    tiles, segments = program.tiles.tensor(), program.segments.tensor()
+    ranges, of_head = program.ranges.tensor(), program.of_head.tensor()
+    masks = (0, 0, 0) if program.masks is None else program.masks.shape
+    runs = tiles[:, 5] - tiles[:, 4]
+    owner = torch.repeat_interleave(torch.arange(len(tiles), dtype=torch.int64, device="cpu"), runs.clamp(min=0))
+    place = torch.arange(len(owner), dtype=torch.int64, device="cpu") - (runs.cumsum(0) - runs - tiles[:, 4])[owner]
+    sound = (
+        _within(ranges, len(tiles))
+        and bool((ranges[:, 0] <= ranges[:, 1]).all())
+        and _within(of_head, len(ranges) - 1)
+        and _within(tiles[:, 4:6], len(segments))
+        and bool((runs >= 0).all())
+        and _within(tiles[:, 2] - 1, TILE - 1)
+        and _runs_within(tiles, problem.q_len)
+        and _runs_within(segments, problem.kv_len)
+        and bool((segments[:, 6] < masks[0]).all())
+    )
+    if sound and masks[0]:
+        masked = segments[place, 6] >= 0
+        owner, mine = owner[masked], segments[place[masked]]
+        sound = _within(mine[:, 7] + tiles[owner, 2], 32 * masks[2]) and _within(mine[:, 8] + mine[:, 2], masks[1])
+    if not sound:
+        raise LongspanError(
+            f"a program for the CPU kernels leaves its tensors: got {program!r} for {problem}; want tiles and segments "
+            "within them. Next: clear the pattern cache that it came from, longspan.pattern_cache().clear()"
+        )
+
+
+def _within(values: Tensor, most: int) -> bool:
+    return bool(((values >= 0) & (values <= most)).all())
+
+
+def _runs_within(rows: Tensor, length: int) -> bool:
+    """Whether runs that begin with columns index, step, count stay below `length`."""
+    index, step, count = rows[:, 0], rows[:, 1], rows[:, 2]
+    good = (index >= 0) & (step >= 1) & (count >= 0) & (step <= length) & (count <= length)
+    return bool((good & ((count == 0) | (index + (count - 1) * step < length))).all())
 
 
 @frozen

@@ -9,6 +9,8 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
+from longspan_plugins.cpu_fused.gate import check_made
+
 __all__ = ["Table"]
 
 
@@ -28,7 +30,8 @@ class Table:
     def of(cls, tensor: Tensor) -> Table:
         """A copy of the tensor's values."""
         tensor = tensor.contiguous()
-        return cls(ctypes.string_at(tensor.data_ptr(), tensor.nbytes), tuple(tensor.shape), tensor.dtype)
+        address = check_made(tensor, tensor.dtype)
+        return cls(ctypes.string_at(address, tensor.nbytes), tuple(tensor.shape), tensor.dtype)
 
     @classmethod
     def blank(cls, *shape: int) -> Table:
