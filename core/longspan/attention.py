@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from longspan.autocast import follow_autocast
+from longspan.errors import ArgumentError, brief
+from longspan.foreign import unknown_argument
 from longspan.ops import attend_in_graph, in_graph
 from longspan.patterns import Dense, Pattern
 from longspan.planner import plan_for
@@ -16,6 +18,19 @@ from longspan.policy import policy_text
 __all__ = ["attention"]
 
 _DENSE = Dense()
+_ARGUMENTS = (
+    "pattern",
+    "is_causal",
+    "scale",
+    "dropout_p",
+    "enable_gqa",
+    "cu_seqlens",
+    "query_offset",
+    "dropout_seed",
+    "backend",
+    "return_lse",
+)
+"""The arguments beside the tensors."""
 
 
 @overload
@@ -71,6 +86,7 @@ def attention(
     dropout_seed: int | None = None,
     backend: str | None = None,
     return_lse: bool = False,
+    **foreign: object,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention with any pattern, by whichever backend fits.
 
@@ -89,20 +105,26 @@ def attention(
         query_offset: position of the first query, for `q_len != kv_len`.
         dropout_seed: which pairs to drop: the same seed drops the same (head, query, key) whatever the backend. Drawn
             from torch's default generator unless given.
-        backend: exactly this backend; an error where it does not fit. None: the policy in force, then auto.
+        backend: exactly this backend; an error where it does not fit. None or "auto": the policy in force, then auto.
         return_lse: also return the log-sum-exp of the scaled scores.
+        foreign: nothing; other arguments are refused, with longspan's word for them.
 
     Returns:
         `out` of query's shape and dtype; with `return_lse` `(out, lse)`, lse `(batch, heads, q_len)`, natural log,
         float32 (float64 for float64 inputs). A query that may attend to nothing has out 0 and lse -inf.
 
     Raises:
-        ArgumentError: an argument that nothing could honour.
+        ArgumentError: an argument that nothing could honour, or one that there is not (a `TypeError` too): the message
+            has longspan's word for what other libraries call it.
         BackendUnavailable: the named backend does not fit, or none does; the message holds the reasons.
         UnknownBackend: a name nobody registered.
     """
+    if foreign:
+        raise unknown_argument("attention()", foreign, _ARGUMENTS)
     if pattern is None:
         pattern = _DENSE
+    if return_lse is not True and return_lse is not False:
+        raise ArgumentError("return_lse", brief(return_lse), "True or False")
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         query, key, value = follow_autocast(query, key, value)
     if in_graph():

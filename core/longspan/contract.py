@@ -1,7 +1,12 @@
-"""What a kernel must return, checked the first time it runs: a wrong shape would broadcast and go unnoticed."""
+"""What a kernel must return, checked the first time it runs: a wrong shape would broadcast and go unnoticed.
+
+And whose an exception is: one that a plugin raises keeps its type, and gets a note that names the backend.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,7 +14,9 @@ from torch import Tensor
 
 from longspan.errors import PluginError
 
-__all__ = ["check_gradients", "check_result"]
+__all__ = ["check_gradients", "check_result", "in_hook", "note_kernel"]
+
+PLAN = "`longspan explain` lists who else fits"
 
 
 def check_result(backend: str, result: Any, query: Tensor) -> None:
@@ -45,3 +52,25 @@ def check_gradients(backend: str, result: Any, inputs: tuple[Tensor, ...]) -> No
     else:
         got = f"{type(result).__name__} of {len(result)}" if isinstance(result, tuple | list) else type(result).__name__
     raise PluginError(f"{backend}'s backward returned {got}; want gradients {wanted}. Next: mend the kernel")
+
+
+def note_kernel(error: Exception, backend: str) -> None:
+    """Note on an exception that a backend's kernel raised it."""
+    _note(error, f"raised by the kernel of longspan's backend {backend!r}; {PLAN}")
+
+
+@contextmanager
+def in_hook(backend: str, hook: str) -> Iterator[None]:
+    """Note on an exception that a backend's hook raised it; longspan's own say whose they are."""
+    try:
+        yield
+    except PluginError:
+        raise
+    except Exception as error:
+        _note(error, f"raised by {hook} of longspan's backend {backend!r}; {PLAN}")
+        raise
+
+
+def _note(error: Exception, text: str) -> None:
+    if text not in getattr(error, "__notes__", ()):  # one kernel may have called another
+        error.add_note(text)

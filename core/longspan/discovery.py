@@ -107,7 +107,8 @@ class Registry:
         """
         if not is_name(name):
             raise PluginError(
-                f"name={name!r} is no backend name: letters, digits, _, - and . only. Next: give another name"
+                f"name={name!r} is no backend name: letters, digits, _, - and . only, and not auto. "
+                "Next: give another name"
             )
         self.discover()
         with self._lock:
@@ -194,7 +195,7 @@ class Registry:
         rows, unimported = [], []
         for entry in entries:
             if not is_name(entry.name):
-                error = "no backend name: letters, digits, _, - and . only. Next: rename the entry point"
+                error = "no backend name: letters, digits, _, - and . only, and not auto. Next: rename the entry point"
                 rows.append(entry.row("broken", error))
             elif entry.name in blocked:
                 unimported.append(entry)

@@ -17,6 +17,7 @@ __all__ = [
     "PluginWarning",
     "PolicyError",
     "UnknownBackend",
+    "brief",
     "warn_caller",
 ]
 
@@ -37,6 +38,14 @@ class ArgumentError(LongspanError, ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.argument, str(self.got), self.want, self.fix)
+
+
+def brief(value: object) -> str:
+    """`repr(value)` for an error's text: short, whatever is handed in, a tensor or an integer of a thousand digits."""
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:80]}... ({type(value).__name__})"
 
 
 class PolicyError(LongspanError, ValueError):

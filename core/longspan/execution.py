@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longspan import blockwise
 from longspan.buffers import Workspace
-from longspan.contract import check_gradients, check_result
+from longspan.contract import check_gradients, check_result, note_kernel
 from longspan.dropout import Draw, Dropout
 from longspan.layout import Call, Layout
 from longspan.merge import merge_
@@ -38,7 +38,11 @@ class Step:
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
         """The kernel's forward; what it returns is checked the first time."""
-        result = self._forward(query, key, value, **given)
+        try:
+            result = self._forward(query, key, value, **given)
+        except Exception as error:
+            note_kernel(error, self.backend)
+            raise
         if not self._checked:
             check_result(self.backend, result, query)
             self._checked = True
@@ -47,7 +51,11 @@ class Step:
     def backward(self, *tensors: Tensor, dlse: Tensor | None, **given: Any) -> tuple[Tensor, Tensor, Tensor]:
         """The kernel's backward; the core's where there is none, or where the lse has a gradient of its own."""
         if self._backward is not None and dlse is None:
-            result = self._backward(*tensors, **given)
+            try:
+                result = self._backward(*tensors, **given)
+            except Exception as error:
+                note_kernel(error, self.backend)
+                raise
             if not self._backward_checked:
                 check_gradients(self.backend, result, tensors[1:4])
                 self._backward_checked = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Never
 
 import torch
 from attrs import evolve
@@ -12,6 +13,8 @@ from longspan.block_layout import BlockLayout
 from longspan.block_schedule import dense_parts, schedule
 from longspan.block_sparse import BlockSparse
 from longspan.discovery import registry
+from longspan.errors import ArgumentError, brief
+from longspan.foreign import unknown_argument
 from longspan.lowering import dense_problem, lower
 from longspan.policy import current
 from longspan.profile import current_profile
@@ -20,27 +23,51 @@ from longspan.spec import Candidate, Capabilities, Device, Problem, Reason, Reso
 from longspan.topk_blocks import TopKBlocks
 from longspan.topk_stand_in import stand_in
 
-__all__ = ["explain"]
+__all__ = ["check_problem", "explain"]
 
 
-def explain(problem: Problem, device: Device | str | None = None, *, backend: str | None = None) -> Resolution:
+def explain(
+    problem: Problem, device: Device | str | None = None, *rest: Never, backend: str | None = None, **foreign: Never
+) -> Resolution:
     """The resolution of a problem, without making a plan.
 
     Args:
         problem: what is to be computed.
         device: another device than the problem's: a `Device` or text such as `sm_61`. Need not be on this machine.
+        rest: nothing; more than two arguments are refused.
         backend: ask for this one, as `attention(backend=...)` would.
+        foreign: nothing; other arguments are refused, with where longspan has them.
 
     Raises:
         UnknownBackend: a name nobody registered.
-        ArgumentError: text that names no device.
+        ArgumentError: text that names no device; tensors in place of a problem.
     """
+    check_problem("explain", problem, rest, foreign, ("device", "backend"))
     if device is not None:
         problem = problem.replace(device=device)
     if isinstance(problem.pattern, TopKBlocks):
         found = _weighed(stand_in(problem), backend, may_mask=False)
         return evolve(found, problem=problem, notes=(_approximation(problem.pattern), *found.notes))
     return _weighed(problem, backend)
+
+
+def check_problem(
+    function: str, problem: object, rest: tuple[object, ...], foreign: dict[str, Any], own: tuple[str, ...]
+) -> None:
+    """What `explain` and `plan` say to those who hand them what `attention` takes.
+
+    Raises:
+        ArgumentError: no problem but tensors, say; more arguments than there are, or others.
+    """
+    if not isinstance(problem, Problem):
+        got = f"a tensor of shape {tuple(problem.shape)}" if isinstance(problem, torch.Tensor) else brief(problem)
+        fix = f"longspan.{function}(longspan.Problem.like(query, key, value, pattern, is_causal=...))"
+        raise ArgumentError("problem", got, "a longspan.Problem", fix)
+    if foreign:
+        raise unknown_argument(f"{function}()", foreign, own)
+    if rest:
+        want = f"the problem and, by name, {' or '.join(own)}"
+        raise ArgumentError(f"{function}()", f"{len(rest)} arguments too many", want, "name them")
 
 
 def _weighed(problem: Problem, backend: str | None, may_mask: bool = True) -> Resolution:
@@ -54,13 +81,21 @@ def _weighed(problem: Problem, backend: str | None, may_mask: bool = True) -> Re
     fitting = [candidate for candidate in candidates if resolution[candidate.name].ok]
     if refused := _refused_parts(problem, fitting):
         resolution = resolve(problem, candidates, policy, refused, measured)
-    notes = _block_notes(problem, resolution, candidates)
+    notes = [*_lacks(resolution, candidates), *_block_notes(problem, resolution, candidates)]
     if not present(problem.device):
         notes.append(
             f"this machine has no {problem.device.name}: the answer assumes a torch build for it, and the plugins "
             "installed here"
         )
     return evolve(resolution, notes=(*resolution.notes, *notes))
+
+
+def _lacks(resolution: Resolution, candidates: Sequence[Candidate]) -> list[str]:
+    """What those that fit would do better with, and the line that brings it."""
+    fitting = [one for one in candidates if one.info.capabilities is not None and resolution[one.name].ok]
+    return [
+        f"{one.name} lacks {lack}" for one in fitting if one.info.capabilities for lack in one.info.capabilities.lacks
+    ]
 
 
 def _without_mask(candidate: Candidate) -> Candidate:

@@ -9,19 +9,55 @@ from typing import Any
 
 import torch
 
-from longspan.errors import ArgumentError
+from longspan.errors import ArgumentError, brief
 from longspan.patterns import Pattern
 
-__all__ = ["check_arguments", "check_boundaries", "check_inputs", "check_number"]
+__all__ = ["check_arguments", "check_boundaries", "check_inputs", "check_number", "check_pattern"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_number(name: str, value: object) -> float:
     """`value` as a finite float, or `ArgumentError`."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ArgumentError(name, repr(value), "a finite number")
-    return float(value)
+    try:
+        if not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # an integer beyond every float
+        raise ArgumentError(name, brief(value), "a finite number", "give a number that a float can hold") from None
+    raise ArgumentError(name, brief(value), "a finite number")
+
+
+def check_pattern(pattern: object) -> Pattern:
+    """`pattern`, or `ArgumentError`: what it was given as by mistake, and how longspan says it."""
+    if isinstance(pattern, Pattern):
+        return pattern
+    want = "a longspan pattern"
+    if isinstance(pattern, type) and issubclass(pattern, Pattern):
+        name = pattern.__name__
+        raise ArgumentError(
+            "pattern", f"the class {name}", want, f"make one, e.g. longspan.{_EXAMPLES.get(name, name)}"
+        )
+    if isinstance(pattern, str):
+        raise ArgumentError("pattern", repr(pattern), want, f"longspan.parse_pattern({pattern!r}) reads one from text")
+    if isinstance(pattern, torch.Tensor):
+        fix = (
+            "is_causal=True for a triangle, cu_seqlens for packed documents, longspan.SlidingWindow or BlockSparse for "
+            "the rest; name the arguments, as the fourth of torch's attention is a mask"
+        )
+        raise ArgumentError("pattern", f"a tensor of shape {tuple(pattern.shape)}", f"{want}, not a mask", fix)
+    if type(pattern).__name__ == "BlockMask":
+        fix = "longspan.from_block_mask(block_mask)"
+        raise ArgumentError("pattern", "FlexAttention's BlockMask", want, fix)
+    raise ArgumentError("pattern", brief(pattern), want, "e.g. longspan.Dense()")
+
+
+_EXAMPLES = {
+    "Dense": "Dense()",
+    "Dilated": "Dilated((2048, 4096), (1, 2))",
+    "SlidingWindow": "SlidingWindow(256)",
+    "BlockSparse": "local_blocks(1024)",
+    "TopKBlocks": "TopKBlocks(16)",
+}
 
 
 def check_inputs(
@@ -96,8 +132,7 @@ def check_arguments(
     query_offset: object,
 ) -> None:
     """What can be said of the arguments without looking into the tensors, in code that a tracer follows."""
-    if not isinstance(pattern, Pattern):
-        raise ArgumentError("pattern", repr(pattern), "a longspan pattern", "e.g. longspan.Dense()")
+    check_pattern(pattern)
     if not isinstance(is_causal, bool):
         raise ArgumentError("is_causal", type(is_causal).__name__, "True or False")
     if not isinstance(enable_gqa, bool):

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from attrs import frozen
 
-from longspan.errors import ArgumentError
+from longspan.errors import ArgumentError, brief
 
 __all__ = ["READERS", "Dense", "Dilated", "Pattern", "SlidingWindow", "decode", "parse_pattern"]
 
@@ -195,6 +195,10 @@ def parse_pattern(text: str) -> Pattern:
     Raises:
         ArgumentError: the text is none of these; the message shows one that is.
     """
+    given: object = text
+    if not isinstance(given, str):
+        fix = "it is one already" if isinstance(given, Pattern) else "e.g. longspan.parse_pattern('dense')"
+        raise ArgumentError("pattern", brief(given), "a text such as 'dilated:2048/1,4096/2'", fix)
     kind, _, rest = text.strip().partition(":")
     if kind in READERS:
         return READERS[kind](text.strip())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Never
 
 import torch
 from torch import Tensor
@@ -10,9 +10,10 @@ from torch import Tensor
 from longspan.autocast import follow_autocast
 from longspan.autograd import Differentiable
 from longspan.cache import LayoutStore
+from longspan.contract import note_kernel
 from longspan.dropout import Draw, check_seed, draw_seed
 from longspan.errors import ArgumentError
-from longspan.explain import explain
+from longspan.explain import check_problem, explain
 from longspan.ops import attend_in_graph, in_graph
 from longspan.policy import Policy
 from longspan.resolve import demand
@@ -25,18 +26,28 @@ from longspan.verification import Verification, observe
 __all__ = ["Plan", "plan"]
 
 
-def plan(problem: Problem, backend: str | None = None, *, pattern_cache: LayoutStore | None = None) -> Plan:
+def plan(
+    problem: Problem,
+    backend: str | None = None,
+    *rest: Never,
+    pattern_cache: LayoutStore | None = None,
+    **foreign: Never,
+) -> Plan:
     """Choose a backend for the problem and make its kernels.
 
     Args:
         problem: what is to be computed.
-        backend: exactly this backend; else the policy in force decides.
+        backend: exactly this backend; where it is None or "auto", the policy in force decides.
+        rest: nothing; more than two arguments are refused.
         pattern_cache: where to keep the layout: a `PatternCache` of a module's own, say; the shared one unless given.
+        foreign: nothing; other arguments are refused, with where longspan has them.
 
     Raises:
         BackendUnavailable: the named backend does not fit, or none does; the message holds the reasons.
         UnknownBackend: a name nobody registered.
+        ArgumentError: tensors in place of a problem.
     """
+    check_problem("plan", problem, rest, foreign, ("backend", "pattern_cache"))
     resolution = explain(problem, backend=backend)
     return Plan(problem, resolution, demand(resolution), pattern_cache)
 
@@ -133,7 +144,11 @@ class Plan:
             and (key.is_contiguous() or key.stride(3) == 1)
             and (value.is_contiguous() or value.stride(3) == 1)
         ):
-            return self._quick(query, key, value)
+            try:
+                return self._quick(query, key, value)
+            except Exception as error:
+                note_kernel(error, self.backend)
+                raise
         result = self._runner.forward(query, key, value, draw)
         self._quick = self._runner.quick
         return result

@@ -39,6 +39,9 @@ class Policy:
         return "|".join((self.backend or "", self.backend_from, lists[0], self.prefer_from, lists[1]))
 
 
+AUTO = "auto"
+"""In place of a backend's name: none is named, and longspan chooses."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -50,7 +53,8 @@ class use:
     """Set the policy for a `with` block, or for a function as a decorator. Per thread and per async task.
 
     Args:
-        backend: exactly this backend; an error where it does not fit. The inner of two nested blocks wins.
+        backend: exactly this backend; an error where it does not fit. The inner of two nested blocks wins. "auto" is
+            the same as None: this block names none.
         prefer: these first, in this order, where they fit; others after them. Naming an opt-in backend is consent.
         block: never these; nested blocks add up.
 
@@ -61,7 +65,7 @@ class use:
     def __init__(
         self, backend: str | None = None, *, prefer: Iterable[str] | str = (), block: Iterable[str] | str = ()
     ) -> None:
-        self._backend = None if backend is None else _name(backend)
+        self._backend = _name(backend)
         self._prefer, self._block = _listed("prefer", prefer), _listed("block", block)
 
     def __enter__(self) -> None:
@@ -110,7 +114,10 @@ class use:
         return f"longspan.use(backend={self._backend!r}, prefer={self._prefer!r}, block={self._block!r})"
 
 
-def _name(value: object) -> str:
+def _name(value: object) -> str | None:
+    """A backend's name; None where nobody is named, for which "auto" is another word."""
+    if value is None or value == AUTO:
+        return None
     if isinstance(value, str) and value:
         return value
     raise PolicyError(f"backend={value!r}: want a backend's name. Next: `longspan backends` lists them")
@@ -136,21 +143,22 @@ def current(backend: str | None = None, environ: Mapping[str, str] | None = None
     Raises:
         PolicyError: an environment variable that cannot be read.
     """
-    policy = _context.get()
+    policy, backend = _context.get(), _name(backend)
     if policy.settled:
-        return policy if backend is None else evolve(policy, backend=_name(backend), backend_from="argument")
+        return policy if backend is None else evolve(policy, backend=backend, backend_from="argument")
     block = (*policy.block, *names("LONGSPAN_BLOCK", environ))
     policy = evolve(policy, block=tuple(dict.fromkeys(block)))
     if not policy.prefer and (prefer := names("LONGSPAN_PREFER", environ)):
         policy = evolve(policy, prefer=prefer, prefer_from="environment")
     if backend is not None:
-        return evolve(policy, backend=_name(backend), backend_from="argument")
+        return evolve(policy, backend=backend, backend_from="argument")
     if policy.backend is None and (wanted := names("LONGSPAN_BACKEND", environ)):
         if len(wanted) > 1:
             raise PolicyError(
                 f"LONGSPAN_BACKEND={','.join(wanted)!r}: want one name. Next: use LONGSPAN_PREFER for an order"
             )
-        policy = evolve(policy, backend=wanted[0], backend_from="environment")
+        if (backend := _name(wanted[0])) is not None:
+            policy = evolve(policy, backend=backend, backend_from="environment")
     return policy
 
 
@@ -190,7 +198,7 @@ def names(variable: str, environ: Mapping[str, str] | None = None) -> tuple[str,
         return ()
     found = tuple(part.strip() for part in text.split(","))
     for name in found:
-        if not is_name(name):
+        if name != AUTO and not is_name(name):
             raise PolicyError(
                 f"{variable}={text!r}: entry {name!r} is no backend name. "
                 f"Next: give names separated by commas, e.g. {variable}=sdpa, or unset it"
@@ -199,8 +207,8 @@ def names(variable: str, environ: Mapping[str, str] | None = None) -> tuple[str,
 
 
 def is_name(value: object) -> bool:
-    """Whether a backend may be called so: ASCII letters, digits, `_`, `-` and `.`."""
-    return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_.-]+", value) is not None
+    """Whether a backend may be called so: ASCII letters, digits, `_`, `-` and `.`; but not "auto"."""
+    return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_.-]+", value) is not None and value != AUTO
 
 
 def flag(variable: str, environ: Mapping[str, str] | None = None) -> bool:

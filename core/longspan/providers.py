@@ -11,6 +11,7 @@ from longspan.arena import BufferArena
 from longspan.buffers import Lender, TorchAllocator
 from longspan.cache import LayoutStore
 from longspan.cache_entry import LayoutKey
+from longspan.contract import in_hook
 from longspan.defaults import buffer_arena, pattern_cache
 from longspan.discovery import DEFAULTS, registry
 from longspan.guard import GuardedAllocator
@@ -89,7 +90,8 @@ def _found_or_made(store: LayoutStore, key: LayoutKey) -> Any:
 
 
 def _made(problem: Problem, backend: str) -> Any:
-    with torch.inference_mode(False):  # its tensors outlive the mode that a plan happens to be made in
+    # Its tensors outlive the mode that a plan happens to be made in.
+    with torch.inference_mode(False), in_hook(backend, "longspan_pattern"):
         return registry.lane(backend, "longspan_pattern")(problem=problem)
 
 

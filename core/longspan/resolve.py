@@ -47,9 +47,10 @@ def resolve(
     ranked = [candidate.name for candidate in eligible]
     order = ranked + [name for name in sorted(known) if name not in ranked]
     ordered = tuple(verdicts[name] for name in sorted(order, key=lambda name: not verdicts[name].ok))
+    notes = _overridden(policy)
 
     def resolution(chosen: str | None, decided_by: str, why: str) -> Resolution:
-        return Resolution(problem, chosen, decided_by, why, ordered, asked=policy.backend)
+        return Resolution(problem, chosen, decided_by, why, ordered, notes, policy.backend)
 
     if policy.backend is not None:
         fits = verdicts[policy.backend].ok
@@ -209,6 +210,14 @@ def _why(chosen: Candidate, problem: Problem, ranked: Sequence[str], measured: M
     if fitting > 1 and chosen.name in measured:
         among = f"the fastest measured on this machine ({', '.join(times)})"
     return f"{chosen.name} is {among}; {problem.pattern.kind} runs {how} on {problem.device.name}"
+
+
+def _overridden(policy: Policy) -> tuple[str, ...]:
+    """Wishes that have no effect beside another."""
+    if policy.backend is None or not policy.prefer:
+        return ()
+    preferred = f"{', '.join(policy.prefer)} (preferred in the {policy.prefer_from})"
+    return (f"{preferred} was not weighed: {policy.backend} was named in the {policy.backend_from}",)
 
 
 def _by_name_only(verdicts: Sequence[Verdict]) -> str:

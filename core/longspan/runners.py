@@ -18,16 +18,16 @@ from longspan.block_schedule import dense_parts, schedule
 from longspan.block_sparse import BlockSparse
 from longspan.buffers import Lender, Workspace
 from longspan.cache import LayoutStore
-from longspan.contract import check_gradients, check_result
+from longspan.contract import check_gradients, check_result, in_hook, note_kernel
 from longspan.discovery import registry
 from longspan.dropout import Draw
-from longspan.errors import PluginError
+from longspan.errors import PluginError, brief
 from longspan.execution import Step, run_backward, run_forward
 from longspan.layout import Layout
 from longspan.lowering import as_dense, dense_problem, lay_blocks, lower
 from longspan.providers import layout_of, lender_for
 from longspan.resolve import is_native
-from longspan.spec import Forward, Kernel, Problem
+from longspan.spec import BufferSpec, Forward, Kernel, Problem
 from longspan.tensors import unit_stride
 from longspan.topk_blocks import TopKBlocks
 from longspan.topk_runner import ChoosingRunner, NothingKept
@@ -148,7 +148,11 @@ class DirectRunner(Runner):
         """`(out, lse)`."""
         if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
             query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
-        result = self._kernel_forward(query, key, value)
+        try:
+            result = self._kernel_forward(query, key, value)
+        except Exception as error:
+            note_kernel(error, self._backend)
+            raise
         if not self._checked:
             check_result(self._backend, result, query)
             self._checked, self.quick = True, self._kernel_forward
@@ -167,7 +171,11 @@ class DirectRunner(Runner):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`(dquery, dkey, dvalue)`."""
         if self._kernel_backward is not None and dlse is None:
-            result = self._kernel_backward(*map(unit_stride, (dout, query, key, value, out)), lse)
+            try:
+                result = self._kernel_backward(*map(unit_stride, (dout, query, key, value, out)), lse)
+            except Exception as error:
+                note_kernel(error, self._backend)
+                raise
             if not self._backward_checked:
                 check_gradients(self._backend, result, (query, key, value))
                 self._backward_checked = True
@@ -206,9 +214,12 @@ def _kernel(problem: Problem, layout: Any, backend: str, lender: Lender) -> Kern
 
 def _offered(problem: Problem, layout: Any, backend: str, lender: Lender) -> Kernel | None:
     """The backend's kernel; None where it would rather have the pattern lowered."""
-    specs = tuple(registry.lane(backend, "longspan_buffers")(problem=problem, layout=layout))
+    with in_hook(backend, "longspan_buffers"):
+        wanted = registry.lane(backend, "longspan_buffers")(problem=problem, layout=layout)
+    specs = _specs(wanted, backend)
     workspace = Workspace(specs, lender)
-    kernel = registry.lane(backend, "longspan_kernel")(problem=problem, layout=layout, buffers=workspace)
+    with in_hook(backend, "longspan_kernel"):
+        kernel = registry.lane(backend, "longspan_kernel")(problem=problem, layout=layout, buffers=workspace)
     if kernel is None:
         return None
     if not isinstance(kernel, Kernel):
@@ -222,6 +233,17 @@ def _offered(problem: Problem, layout: Any, backend: str, lender: Lender) -> Ker
         return kernel
     forward = _owning(kernel.forward, workspace)
     return evolve(kernel, forward=forward, backward=kernel.backward and _owning(kernel.backward, workspace))
+
+
+def _specs(wanted: object, backend: str) -> tuple[BufferSpec, ...]:
+    """What `longspan_buffers` returned, checked."""
+    specs = tuple(wanted) if isinstance(wanted, Iterable) else (wanted,)
+    if not all(isinstance(spec, BufferSpec) for spec in specs):
+        raise PluginError(
+            f"{backend}'s longspan_buffers returned {brief(wanted)}; want longspan.BufferSpecs. "
+            "Next: return a list of longspan.BufferSpec(name, shape, dtype)"
+        )
+    return specs
 
 
 def _owning(run: Callable[..., Any], workspace: Workspace) -> Callable[..., Any]:

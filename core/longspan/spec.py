@@ -6,13 +6,15 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Never
 
 import torch
-from attrs import Factory, asdict, evolve, field, frozen
+from attrs import Factory, asdict, evolve, field, fields, frozen
 
+from longspan.claims import DTYPES, check_claims
 from longspan.errors import ArgumentError
-from longspan.inputs import check_boundaries, check_inputs, check_number
+from longspan.foreign import unknown_argument
+from longspan.inputs import check_boundaries, check_inputs, check_number, check_pattern
 from longspan.patterns import Dense, Pattern
 
 __all__ = [
@@ -28,8 +30,6 @@ __all__ = [
     "Resolution",
     "Verdict",
 ]
-
-DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 Forward = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 Backward = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -138,6 +138,10 @@ def _hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+_LIKE = ("pattern", "is_causal", "scale", "dropout_p", "enable_gqa", "cu_seqlens", "query_offset")
+"""The arguments of `Problem.like` beside its tensors."""
+
+
 @frozen(kw_only=True, cache_hash=True)
 class Problem:
     """Everything that decides which backend fits: shapes, dtype, device, pattern and arguments. Frozen and hashable.
@@ -180,6 +184,7 @@ class Problem:
         enable_gqa: bool = False,
         cu_seqlens: object = None,
         query_offset: int | None = None,
+        **foreign: Never,
     ) -> Problem:
         """The problem that these tensors pose.
 
@@ -195,10 +200,14 @@ class Problem:
             cu_seqlens: boundaries of packed documents.
             query_offset: position of the first query; needed where `q_len != kv_len` and the result depends on
                 positions.
+            foreign: nothing; other arguments are refused, with longspan's word for them.
 
         Raises:
-            ArgumentError: names the argument, what was given and what would do.
+            ArgumentError: names the argument, what was given and what would do; for another library's argument, what
+                longspan calls it.
         """
+        if foreign:
+            raise unknown_argument("Problem.like()", foreign, _LIKE)
         fields = check_inputs(
             query,
             key,
@@ -208,9 +217,7 @@ class Problem:
             enable_gqa=enable_gqa,
             is_causal=is_causal,
         )
-        pattern = Dense() if pattern is None else pattern
-        if not isinstance(pattern, Pattern):
-            raise ArgumentError("pattern", repr(pattern), "a longspan pattern", "e.g. longspan.Dense()")
+        pattern = Dense() if pattern is None else check_pattern(pattern)
         if fields["q_len"] != fields["kv_len"] and query_offset is None and (is_causal or pattern.positional):
             last = fields["kv_len"] - fields["q_len"]
             raise ArgumentError(
@@ -254,8 +261,7 @@ def _check_problem(problem: Problem) -> None:
         least = 1 if name == "head_dim" else 0
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ArgumentError(name, repr(value), f"an integer of at least {least}")
-    if not isinstance(problem.pattern, Pattern):
-        raise ArgumentError("pattern", repr(problem.pattern), "a longspan pattern", "e.g. longspan.Dense()")
+    check_pattern(problem.pattern)
     if problem.kv_heads and problem.heads % problem.kv_heads:
         raise ArgumentError(
             "kv_heads",
@@ -275,6 +281,22 @@ def _check_problem(problem: Problem) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- backends
+
+
+@frozen
+class Reason:
+    """Why a backend does not fit, as data: `code` is a word, `field` what is at fault, `fix` what to type next."""
+
+    code: str
+    field: str
+    got: str = ""
+    want: str = ""
+    fix: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.field} is {self.got}" if self.got else self.field
+        text += f" (needs {self.want})" if self.want else ""
+        return text + (f"; fix: {self.fix}" if self.fix else "")
 
 
 @frozen(kw_only=True)
@@ -300,6 +322,8 @@ class Capabilities:
         opt_in: auto takes it only where the user named it.
         tier: auto prefers a higher number among backends that fit.
         api: the version of the hook contract that the backend was written for.
+        lacks: what is missing on this machine without which the backend works, but slower: as reasons, each with the
+            line that brings it as its fix. `explain`, `doctor` and the demo show them; nothing is refused for them.
     """
 
     devices: tuple[str, ...] = field(default=(), converter=_texts)
@@ -322,15 +346,14 @@ class Capabilities:
     opt_in: bool = False
     tier: int = 0
     api: int = 1
+    lacks: tuple[Reason, ...] = field(default=(), converter=tuple)
 
     def runs(self, kind: str) -> bool:
         """Whether the kernel takes this kind of pattern natively."""
         return kind in self.patterns or (kind == "window" and self.window)
 
     def __attrs_post_init__(self) -> None:
-        unknown = [name for name in self.dtypes if name not in DTYPES]
-        if unknown:
-            raise ArgumentError("Capabilities.dtypes", unknown, "names out of " + ", ".join(DTYPES))
+        check_claims({one.name: getattr(self, one.name) for one in fields(Capabilities)}, _SWITCHES)
         numbers: dict[str, Any] = {name: getattr(self, name) for name in ("head_dim_min", "head_dim_multiple")}
         if self.head_dim_max is not None:
             numbers["head_dim_max"] = self.head_dim_max
@@ -338,25 +361,13 @@ class Capabilities:
             if not isinstance(value, int) or isinstance(value, bool) or (name in numbers and value < 1):
                 want = "an integer of at least 1" if name in numbers else "an integer"
                 raise ArgumentError(f"Capabilities.{name}", repr(value), want)
-        for device in self.devices:
-            if not re.fullmatch(r"[a-z]+(?:(>=|<=|==|<|>)\d+\.\d+)?", str(device)):
-                raise ArgumentError("Capabilities.devices", repr(device), "a form such as cpu, cuda or cuda>=8.0")
+        if self.head_dim_max is not None and self.head_dim_max < self.head_dim_min:
+            got, want = str(self.head_dim_max), f"at least head_dim_min, {self.head_dim_min}"
+            raise ArgumentError("Capabilities.head_dim_max", got, want)
 
 
-@frozen
-class Reason:
-    """Why a backend does not fit, as data: `code` is a word, `field` what is at fault, `fix` what to type next."""
-
-    code: str
-    field: str
-    got: str = ""
-    want: str = ""
-    fix: str = ""
-
-    def __str__(self) -> str:
-        text = f"{self.field} is {self.got}" if self.got else self.field
-        text += f" (needs {self.want})" if self.want else ""
-        return text + (f"; fix: {self.fix}" if self.fix else "")
+_SWITCHES = tuple(one.name for one in fields(Capabilities) if isinstance(one.default, bool))
+"""The fields that are True or False."""
 
 
 @frozen

@@ -367,7 +367,7 @@ def missing(problem):
         candidate(),
         candidate(patterns=("window",)),
         candidate(patterns=("dilated",)),
-        candidate(patterns=("of-the-future",)),
+        candidate(patterns=("block_sparse",)),
         candidate(head_dim_min=200, head_dim_max=256, head_dim_multiple=8),
         candidate(head_dim_max=16, head_dim_multiple=16),
         candidate(dtypes=("float16", "float64")),

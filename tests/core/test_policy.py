@@ -479,9 +479,3 @@ def test_current_reads_any_mapping_and_leaves_the_environment_alone(monkeypatch)
     assert found == Policy(prefer=("reference",), prefer_from="environment", block=("x", "y"))
     assert current("z", {}) == Policy(backend="z", backend_from="argument")
     assert current(None, {}) == Policy()
-
-
-def test_auto_is_what_no_name_means():
-    query = torch.zeros(1, 1, 4, 8)
-    with pytest.raises(ls.UnknownBackend, match="Next: name no backend, and longspan chooses"):
-        ls.attention(query, query, query, backend="auto")

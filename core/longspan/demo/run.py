@@ -86,7 +86,7 @@ def run(
         is_causal=True,
     )
     resolution = explain(problem, backend=backend)
-    verdicts = resolution.candidates if backend is None else (resolution[demand(resolution)],)
+    verdicts = resolution.candidates if backend in (None, "auto") else (resolution[demand(resolution)],)
     fitting = [verdict.name for verdict in verdicts if verdict.ok]
     if not fitting:
         demand(resolution)  # raises, with every reason
