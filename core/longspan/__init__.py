@@ -75,6 +75,7 @@ if _TYPE_CHECKING:
     from longspan import testing
 
 backends = _registry.backends
+refresh = _registry.refresh
 register = _registry.register
 unregister = _registry.unregister
 
@@ -150,6 +151,7 @@ __all__ = [
     "per_head",
     "plan",
     "random_blocks",
+    "refresh",
     "register",
     "strided_blocks",
     "testing",

@@ -18,7 +18,7 @@ from attrs import evolve
 from longspan.defaults import Defaults
 from longspan.entries import BUILTIN, Entry, entries_of
 from longspan.errors import DuplicateBackend, PluginError, PluginWarning, warn_caller
-from longspan.loading import Hooks, Loader, add_backend, add_extension
+from longspan.loading import Hooks, Loader, add_backend, add_extension, capabilities_of
 from longspan.policy import flag, is_name, names
 from longspan.spec import BackendInfo, Candidate, Capabilities, Problem, Reason
 
@@ -143,6 +143,23 @@ class Registry:
                 self._extensions.discard(name)
                 self._extra = [row for row in self._extra if row.name != name]  # a fault of its
             self.generation += 1
+
+    def refresh(self, plugin: object) -> None:
+        """Ask a backend again what it can do, and make plans anew if that is something else than it was.
+
+        For a backend that learns of this machine what could not be known when it was listed: that the compiler, which
+        is there, cannot compile. A plugin that is not registered is left alone.
+
+        Args:
+            plugin: the module or object that was registered.
+        """
+        with self._lock:
+            row = self._ledger.get(self._manager.get_name(plugin) or "")
+            if row is not None and row.state == "loaded":
+                again = capabilities_of(plugin)
+                if again != row.capabilities:
+                    self._ledger[row.name] = evolve(row, capabilities=again, opt_in=row.opt_in or again.opt_in)
+                    self.generation += 1
 
     def provider(self, backend: str, hook: str) -> str:
         """The name of the plugin whose implementation of a hook a backend gets first; its own where none is."""

@@ -92,10 +92,8 @@ def _weighed(problem: Problem, backend: str | None, may_mask: bool = True) -> Re
 
 def _lacks(resolution: Resolution, candidates: Sequence[Candidate]) -> list[str]:
     """What those that fit would do better with, and the line that brings it."""
-    fitting = [one for one in candidates if one.info.capabilities is not None and resolution[one.name].ok]
-    return [
-        f"{one.name} lacks {lack}" for one in fitting if one.info.capabilities for lack in one.info.capabilities.lacks
-    ]
+    fitting = [one for one in candidates if resolution[one.name].ok]
+    return [f"{one.name} works, and would be faster with {lack}" for one in fitting for lack in one.info.lacks]
 
 
 def _without_mask(candidate: Candidate) -> Candidate:

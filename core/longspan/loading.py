@@ -17,7 +17,7 @@ from longspan.errors import PluginError
 from longspan.quarantine import Watch
 from longspan.spec import BackendInfo, Capabilities
 
-__all__ = ["Hooks", "Loader", "add_backend", "add_extension"]
+__all__ = ["Hooks", "Loader", "add_backend", "add_extension", "capabilities_of"]
 
 HOOKS = tuple(hook for hook in vars(hookspecs) if hook.startswith("longspan_"))
 
@@ -103,6 +103,20 @@ def add_backend(manager: Hooks, plugin: Any, row: BackendInfo, contract: _Contra
         raise PluginError("no longspan_capabilities hook. Next: see the ten-line backend in the README")
     if inspect.isclass(plugin):
         raise PluginError(f"{plugin.__name__} is a class. Next: pass an object of it")
+    can = capabilities_of(plugin)
+    if can.api != hookspecs.API:
+        raise _Incompatible(f"written for api={can.api}, this longspan has api={hookspecs.API}. Next: update either")
+    row = evolve(row, description=_summary(plugin), capabilities=can, opt_in=row.opt_in or can.opt_in)
+    add_extension(manager, plugin, row.name, contract)
+    return row
+
+
+def capabilities_of(plugin: Any) -> Capabilities:
+    """What a plugin declares.
+
+    Raises:
+        PluginError: its hook raises, or returns something else.
+    """
     try:
         can = plugin.longspan_capabilities()
     except Exception as error:
@@ -111,11 +125,7 @@ def add_backend(manager: Hooks, plugin: Any, row: BackendInfo, contract: _Contra
         raise PluginError(
             f"longspan_capabilities() returned {type(can).__name__}. Next: return a longspan.Capabilities"
         )
-    if can.api != hookspecs.API:
-        raise _Incompatible(f"written for api={can.api}, this longspan has api={hookspecs.API}. Next: update either")
-    row = evolve(row, description=_summary(plugin), capabilities=can, opt_in=row.opt_in or can.opt_in)
-    add_extension(manager, plugin, row.name, contract)
-    return row
+    return can
 
 
 def add_extension(manager: Hooks, plugin: Any, name: str, contract: _Contract | None = None) -> None:

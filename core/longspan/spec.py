@@ -299,6 +299,10 @@ class Reason:
         return text + (f"; fix: {self.fix}" if self.fix else "")
 
 
+def _reasons(value: Iterable[Reason]) -> tuple[Reason, ...]:
+    return tuple(value)
+
+
 @frozen(kw_only=True)
 class Capabilities:
     """What a backend can do: the single declaration that the resolver, the error texts and the tests read.
@@ -346,7 +350,7 @@ class Capabilities:
     opt_in: bool = False
     tier: int = 0
     api: int = 1
-    lacks: tuple[Reason, ...] = field(default=(), converter=tuple)
+    lacks: tuple[Reason, ...] = field(default=(), converter=_reasons)
 
     def runs(self, kind: str) -> bool:
         """Whether the kernel takes this kind of pattern natively."""
@@ -416,6 +420,11 @@ class BackendInfo:
     error: str = ""
     import_ms: float = 0.0
     capabilities: Capabilities | None = field(default=None, repr=False)
+
+    @property
+    def lacks(self) -> tuple[Reason, ...]:
+        """What would make it faster here: `Capabilities.lacks`."""
+        return () if self.capabilities is None else self.capabilities.lacks
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import pickle
@@ -266,7 +267,7 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 1e-2), (torch.bf
             for a, b in zip((q, k, v), wide):
                 torch.testing.assert_close(a.grad.double(), b.grad, atol=5 * tolerance, rtol=5 * tolerance)
 libraries = " ".join(ls.plan(ls.Problem(batch=1, heads=1, q_len=64, head_dim=16), "cpu_fused").libraries)
-assert load().refusal in libraries and ("native" in libraries) == (not load().refusal), libraries
+assert load().refusal in libraries and ("native, " in libraries) == (not load().refusal), libraries
 print("right")
 """
 
@@ -284,13 +285,70 @@ def start(tmp_path, **environ):
 
 
 @pytest.mark.parametrize(
-    ("compiler", "said"), [(None, "no C compiler found"), ("/bin/false", "did not make a library")]
+    ("compiler", "said"),
+    [(None, "need a C compiler, and none was found"), ("/bin/false", "did not make a library")],
 )
 def test_without_a_compiler_torch_operators_serve(tmp_path, compiler, said):
     process = start(tmp_path, **({"CC": compiler} if compiler else {}))
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert "torch operators" in out and said in out and out.endswith("right\n")
+
+
+RANKED = """
+import json, sys
+import torch, longspan as ls
+from longspan.doctor import examine
+from longspan.demo.report import Report
+query = torch.randn(1, 2, 300, 16)
+found = []
+for pattern in (ls.Dense(), ls.SlidingWindow(30), ls.Dilated((64, 128), (1, 2)), ls.local_blocks(50, block_size=32)):
+    problem = ls.Problem.like(query, query, query, pattern)
+    ls.attention(query, query, query, pattern)  # where the compiler fails, this is when that comes to light
+    resolution = ls.explain(problem)
+    found.append([ls.plan(problem).backend, resolution.why, list(resolution.notes)])
+    assert resolution["cpu_fused"].ok and ls.plan(problem, "cpu_fused").backend == "cpu_fused"
+gpu = ls.explain(problem, device="sm_90").notes
+remedies = [remedy.to_dict() for remedy in examine(False, 60).remedies]
+print(json.dumps({"found": found, "gpu": gpu, "remedies": remedies}))
+"""
+
+
+@pytest.mark.parametrize("compiler", [None, "/bin/false"])
+def test_without_native_kernels_auto_takes_what_runs_faster_and_says_what_is_lost(tmp_path, compiler):
+    (tmp_path / "apt-get").symlink_to("/bin/false")  # the package manager that this machine seems to have
+    given = {key: value for key, value in os.environ.items() if key != "CC" and not key.startswith("LONGSPAN_")}
+    given |= {"PATH": str(tmp_path), "LONGSPAN_CACHE": str(tmp_path), **({"CC": compiler} if compiler else {})}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", RANKED], env=given, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    line = "apt-get update && apt-get install -y gcc libc6-dev"
+    for chosen, why, notes in said["found"]:
+        assert chosen == "sdpa" and "natively" not in why.replace("dense runs natively", "")
+        (note,) = [note for note in notes if note.startswith("cpu_fused")]
+        assert note.startswith("cpu_fused works, and would be faster with native kernels (needs a C compiler")
+        assert note.endswith(f"; fix: {line}")
+    assert not [note for note in said["gpu"] if "cpu_fused" in note], "no compiler of a CPU's helps a GPU"
+    (remedy,) = [one for one in said["remedies"] if one["what"].startswith("cpu_fused")]
+    assert remedy["lines"] == [line] and remedy["broken"] is False
+
+
+@pytest.mark.parametrize(
+    ("programs", "said"),
+    [(("dnf",), "dnf install -y gcc"), (("apk", "xyz"), "apk add gcc musl-dev"), ((), "set CC to a C compiler")],
+)
+def test_the_line_that_installs_a_compiler_is_that_of_the_package_manager(tmp_path, monkeypatch, programs, said):
+    for name in programs:
+        (tmp_path / name).symlink_to("/bin/false")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert said in library.installing()
+
+
+@NATIVE
+def test_with_a_compiler_nothing_is_lacking():
+    assert not library.missing() and not library.failure()
+    assert not [row for row in ls.backends() if row.lacks]
+    assert ls.explain(ls.Problem(batch=1, heads=2, q_len=300, head_dim=16)).chosen == "cpu_fused"
 
 
 @NATIVE

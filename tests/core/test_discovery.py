@@ -1281,3 +1281,31 @@ def test_a_plan_runs_in_a_new_process():
     assert backend == "reference"
     assert {"sdpa", "reference"} <= set(names)
     assert right
+
+
+# --- a backend that learns what this machine is --------------------------------------------------------------------
+
+
+def test_a_backend_that_learned_something_is_asked_again_and_plans_are_made_anew():
+    class Learning:
+        tier = 3
+
+        @hookimpl
+        def longspan_capabilities(self):
+            return Capabilities(devices=("cpu",), dtypes=("float32",), patterns=("dense",), tier=self.tier)
+
+    registry, plugin = Registry(), Learning()
+    registry.register(plugin, name="learning")
+    before = registry.generation
+    registry.refresh(plugin)
+    assert registry.generation == before, "nothing changed, and plans are kept"
+    plugin.tier = 4
+    registry.refresh(plugin)
+    assert registry.generation == before + 1
+    assert registry.capabilities("learning").tier == 4
+    registry.refresh(Learning())  # not registered
+    assert registry.generation == before + 1
+    plugin.tier = "high"
+    with pytest.raises(ls.PluginError, match=r"Capabilities\.tier"):
+        registry.refresh(plugin)
+    assert registry.capabilities("learning").tier == 4

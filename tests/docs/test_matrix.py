@@ -17,6 +17,8 @@ HOOKS = [name for name in vars(hookspecs) if name.startswith("longspan_")]
 
 def test_the_support_matrix_is_fresh():
     rows = [row for row in longspan.backends() if row.distribution == "longspan"]
+    if lacking := [f"{row.name} lacks {lack}" for row in rows for lack in row.lacks]:
+        pytest.skip(f"made where nothing is lacking; here {'; '.join(lacking)}")
     written = (ROOT / "docs" / "support_matrix.md").read_text(encoding="utf-8")
     assert written == render_matrix(rows), "stale. Next: longspan matrix --output docs/support_matrix.md"
 

@@ -82,10 +82,11 @@ class Report:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the reader should know before reading the numbers."""
-        if self.tokens == self.tokens_wanted:
-            return ()
-        short = f"the text has {self.tokens:,} bytes, fewer than the {self.tokens_wanted:,} tokens asked for"
-        return (f"{short}: all of them are used",)
+        found = list(self.resolution.notes)
+        if self.tokens != self.tokens_wanted:
+            short = f"the text has {self.tokens:,} bytes, fewer than the {self.tokens_wanted:,} tokens asked for"
+            found.append(f"{short}: all of them are used")
+        return tuple(found)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, in which what is not finite is null (the failure's text names it)."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any
 
-from attrs import asdict, frozen
+from attrs import asdict, evolve, frozen
 
 from longspan.doctor.ledger import Ledger
 from longspan.doctor.machine import Machine
@@ -49,6 +49,12 @@ def remedies(machine: Machine, ledger: Ledger, found: tuple[Setting, ...]) -> tu
         Remedy(f"{place.name}: {place.why}", (place.fix,), broken=False) for place in machine.places if place.why
     ]
     listed += [_useless(one) for one in ledger.unusable if one.fixes]
+    listed += [
+        Remedy(f"{row.name} works, and would be faster with {evolve(lack, fix='')}", (lack.fix,), broken=False)
+        for row in ledger.rows
+        for lack in row.lacks
+        if lack.fix
+    ]
     return tuple(sorted(listed, key=lambda one: not one.broken))
 
 

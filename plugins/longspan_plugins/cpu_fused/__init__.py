@@ -8,16 +8,37 @@ from torch's operators.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from attrs import evolve
 
-from longspan import Capabilities, Kernel, Problem, hookimpl
+from longspan import Capabilities, Kernel, Problem, Reason, hookimpl, refresh
 
 
 @hookimpl
 def longspan_capabilities() -> Capabilities:
-    """Dense, windowed, dilated and block-sparse attention in single and half precision, computed in float32."""
+    """Dense, windowed, dilated and block-sparse attention in single and half precision, computed in float32.
+
+    Where native kernels cannot be made, what torch's operators do in their place: dense attention, at no better speed
+    than `sdpa`, which is therefore ranked before it.
+    """
+    from longspan_plugins.cpu_fused.library import failure, installing, missing
+
+    if why := missing() or failure():
+        lack = Reason("compiler", "native kernels", want=why, fix=installing())
+        return Capabilities(
+            devices=("cpu",),
+            dtypes=("float16", "bfloat16", "float32"),
+            patterns=("dense",),
+            causal=True,
+            gqa=True,
+            dropout=True,
+            backward=True,
+            deterministic=True,
+            tier=5,
+            lacks=(lack,),
+        )
     return Capabilities(
         devices=("cpu",),
         dtypes=("float16", "bfloat16", "float32"),
@@ -37,10 +58,15 @@ def longspan_capabilities() -> Capabilities:
 @hookimpl
 def longspan_pattern(problem: Problem) -> Any:
     """Tiles and segments, where the kernels run the pattern as it is; None leaves it to be lowered."""
-    from longspan_plugins.cpu_fused.library import load
+    from longspan_plugins.cpu_fused.library import load, missing
     from longspan_plugins.cpu_fused.program import program_for
 
-    return program_for(problem, load()) if load().handle else None
+    if missing():
+        return None
+    if load().handle is None:  # the compiler that was there when backends were listed cannot compile
+        refresh(sys.modules[__name__])
+        return None
+    return program_for(problem, load())
 
 
 @hookimpl

@@ -28,7 +28,7 @@ from longspan import cache_folder
 from longspan_plugins.cpu_fused.binding import WORDS
 from longspan_plugins.cpu_fused.gate import check_made
 
-__all__ = ["Library", "compiler", "load"]
+__all__ = ["Library", "compiler", "failure", "installing", "load", "missing"]
 
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
 PATIENCE = 120.0
@@ -87,13 +87,47 @@ def compiler() -> tuple[str, ...] | None:
 
 
 @cache
+def missing() -> str:
+    """What native kernels need and this machine has not, as far as can be told without compiling; empty: nothing.
+
+    Asked once a process: what is declared when backends are listed is what runs later.
+    """
+    if os.name != "posix":
+        return f"a POSIX system, and this is {os.name}"
+    return "" if compiler() else "a C compiler, and none was found"
+
+
+def failure() -> str:
+    """What native kernels need where `load` could not make them; empty before it was asked, and where it could."""
+    if not load.cache_info().currsize or load().handle is not None:
+        return ""
+    return f"a C compiler that works: {load().refusal}"
+
+
+def installing() -> str:
+    """The line that installs a C compiler here; nothing where none would help."""
+    if os.name != "posix":
+        return ""
+    lines = {
+        "apt-get": "apt-get update && apt-get install -y gcc libc6-dev",
+        "dnf": "dnf install -y gcc",
+        "yum": "yum install -y gcc",
+        "zypper": "zypper install -y gcc",
+        "pacman": "pacman -S --noconfirm gcc",
+        "apk": "apk add gcc musl-dev",
+        "xcode-select": "xcode-select --install",
+    }
+    named = "install gcc or clang, or set CC to a C compiler"
+    return next((line for program, line in lines.items() if shutil.which(program)), named)
+
+
+@cache
 def load() -> Library:
     """The kernels of this machine, compiled if need be. Takes seconds once a machine; afterwards a file is loaded."""
-    if os.name != "posix":
-        return Library(None, refusal=f"native kernels are for POSIX systems, this is {os.name}")
     program = compiler()
-    if program is None:
-        return Library(None, refusal="no C compiler found. Next: install gcc or clang, or set CC")
+    if program is None or missing():
+        step = f". Next: {line}" if (line := installing()) else ""
+        return Library(None, refusal=f"native kernels need {missing() or 'a C compiler'}{step}")
     try:
         try:
             return _kept(program, cache_folder("cpu_fused"))
