@@ -39,7 +39,7 @@ def check_indices(grid: Grid, indptr: Tensor, indices: Tensor) -> tuple[Tensor, 
     if bool(bad.any()):
         want = f"block columns from 0 to {grid.columns - 1}, for {grid.kv_len} keys in blocks of {grid.block_size}"
         raise ArgumentError("indices", f"{int(indices[bad][0])}", want, "drop it, or check block_size and kv_len")
-    rows = torch.repeat_interleave(torch.arange(grid.rows), indptr.diff())
+    rows = torch.repeat_interleave(torch.arange(grid.rows, dtype=torch.int64, device="cpu"), indptr.diff())
     steps = (rows * grid.columns + indices).diff()
     if bool((steps <= 0).any()):
         where = int((steps <= 0).nonzero()[0])
@@ -52,7 +52,7 @@ def check_indices(grid: Grid, indptr: Tensor, indices: Tensor) -> tuple[Tensor, 
 def check_masks(grid: Grid, tiles: object, masks: object, indices: Tensor) -> tuple[Tensor, Tiles]:
     """The state of every block, and the masks."""
     size = grid.block_size
-    masks = torch.empty(0, size, size, dtype=torch.bool) if masks is None else masks
+    masks = torch.empty(0, size, size, dtype=torch.bool, device="cpu") if masks is None else masks
     if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
         got = str(masks.dtype) if isinstance(masks, Tensor) else type(masks).__name__
         raise ArgumentError("masks", got, "a bool tensor, True where a pair is kept", "masks.bool(), or scores > -inf")
@@ -67,7 +67,7 @@ def check_masks(grid: Grid, tiles: object, masks: object, indices: Tensor) -> tu
         raise ArgumentError("tiles", f"{int(tiles[bad][0])}", want, "add the missing mask")
     table = Tiles(size)
     states = [table.add(part) for part in torch.split(masks.detach().cpu(), table.chunk)]
-    return torch.cat([torch.zeros(1, dtype=torch.int64), *states])[tiles], table
+    return torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), *states])[tiles], table
 
 
 def _brief(numbers: Tensor) -> str:

@@ -88,7 +88,7 @@ class BlockCSR:
         return made
 
     def _fill(self, grid: Grid, keys: Tensor, states: Tensor, tiles: Tiles) -> None:
-        starts = torch.arange(grid.rows + 1) * grid.columns
+        starts = torch.arange(grid.rows + 1, dtype=torch.int64, device="cpu") * grid.columns
         indptr = torch.searchsorted(keys, starts)
         indices = (keys - torch.repeat_interleave(starts[:-1], indptr.diff())).to(torch.int32)
         numbers, masks = renumber(states, tiles)
@@ -141,7 +141,7 @@ class BlockCSR:
             return 0
         low, high = self.grid.row_spans()
         heights = torch.repeat_interleave(high - low, self.indptr.diff())
-        sizes = torch.cat([torch.zeros(1, dtype=torch.int64), self.masks.sum((1, 2))])[self.tiles]
+        sizes = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), self.masks.sum((1, 2))])[self.tiles]
         whole = heights * self.grid.column_spans()[self.indices]
         return int(torch.where(self.tiles == FULL, whole, sizes).sum())
 
@@ -162,16 +162,16 @@ class BlockCSR:
     @on_cpu
     def keys(self) -> Tensor:
         """`(nnz,)` int64, ascending: row * columns + column, rows counted from the first."""
-        rows = torch.repeat_interleave(torch.arange(self.rows), self.indptr.diff())
+        rows = torch.repeat_interleave(torch.arange(self.rows, dtype=torch.int64, device="cpu"), self.indptr.diff())
         return rows * self.columns + self.indices
 
     @on_cpu
     def to_dense(self) -> Tensor:
         """`(q_len, kv_len)` bool, True where a query sees a key. For oracles: it is as large as it says."""
         b, rows, columns = self.block_size, self.rows, self.columns
-        dense = torch.zeros(rows, columns, b, b, dtype=torch.bool)
-        masks = torch.cat([torch.ones(1, b, b, dtype=torch.bool), self.masks])
-        row = torch.repeat_interleave(torch.arange(rows), self.indptr.diff())
+        dense = torch.zeros(rows, columns, b, b, dtype=torch.bool, device="cpu")
+        masks = torch.cat([torch.ones(1, b, b, dtype=torch.bool, device="cpu"), self.masks])
+        row = torch.repeat_interleave(torch.arange(rows, dtype=torch.int64, device="cpu"), self.indptr.diff())
         dense[row, self.indices.long()] = masks[self.tiles]
         start = self.query_offset - self.first_row * b
         flat = dense.transpose(1, 2).reshape(rows * b, columns * b)

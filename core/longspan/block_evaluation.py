@@ -17,7 +17,9 @@ __all__ = ["evaluate"]
 def evaluate(rule: Rule, grid: Grid, tiles: Tiles) -> BlockSet:
     """The blocks that a rule without heads keeps on a grid, listed, in O(what is listed of its parts)."""
     if not grid.rows or not grid.columns:
-        return BlockSet(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+        return BlockSet(
+            torch.empty(0, dtype=torch.int64, device="cpu"), torch.empty(0, dtype=torch.int64, device="cpu")
+        )
     found = _evaluate(rule, False, grid, tiles)
     return everything(grid, complement(found), tiles) if found.absent else found
 
@@ -76,11 +78,11 @@ def _refined(rule: Rule, grid: Grid, tiles: Tiles) -> BlockSet:
     size, times = grid.block_size, rule.unit // grid.block_size
     coarse, coarse_tiles = grid.scaled(rule.unit), Tiles(rule.unit)
     found = rule.blocks(coarse, coarse_tiles)
-    fine = [torch.zeros(1, times, times, dtype=torch.int64)]
+    fine = [torch.zeros(1, times, times, dtype=torch.int64, device="cpu")]
     for part in torch.split(coarse_tiles.masks, coarse_tiles.chunk):
         cut = part.view(-1, times, size, times, size).transpose(2, 3).reshape(-1, size, size)
         fine.append(tiles.add(cut).view(-1, times, times))
-    step = torch.arange(times)
+    step = torch.arange(times, dtype=torch.int64, device="cpu")
     row = (found.keys // coarse.columns + coarse.first_row) * times - grid.first_row
     rows = row[:, None, None] + step[:, None]
     columns = (found.keys % coarse.columns * times)[:, None, None] + step[None, :]

@@ -54,8 +54,10 @@ def renumber(states: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
     if not len(where):
         return states.to(torch.int32), tiles.masks[:0].clone()
     used = states[where]
-    first = torch.full((tiles.count + 1,), len(states)).scatter_reduce_(0, used, where, "amin")
+    first = torch.full((tiles.count + 1,), len(states), dtype=torch.int64, device="cpu").scatter_reduce_(
+        0, used, where, "amin"
+    )
     order = torch.argsort(first, stable=True)[: int((first < len(states)).sum())]
-    place = torch.zeros(tiles.count + 1, dtype=torch.int32)
-    place[order] = torch.arange(1, len(order) + 1, dtype=torch.int32)
+    place = torch.zeros(tiles.count + 1, dtype=torch.int32, device="cpu")
+    place[order] = torch.arange(1, len(order) + 1, dtype=torch.int32, device="cpu")
     return place[states], tiles.masks[order - 1]

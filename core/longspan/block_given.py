@@ -35,7 +35,7 @@ class Layout(Rule):
         """By looking up each pair's block, then its bit in the mask."""
         csr, size = self.csr, self.csr.block_size
         _check_lengths(csr, csr.q_len, kv_len, csr.query_offset)
-        tile = torch.full((csr.rows * csr.columns,), EMPTY, device=key.device)
+        tile = torch.full((csr.rows * csr.columns,), EMPTY, device=key.device, dtype=torch.int64)
         tile[csr.keys().to(key.device)] = csr.tiles.long().to(key.device)
         row = query // size - csr.first_row
         there = (query >= csr.query_offset) & (query < csr.query_offset + csr.q_len) & (key >= 0) & (key < kv_len)
@@ -49,7 +49,7 @@ class Layout(Rule):
         csr = self.csr
         _check_lengths(csr, grid.q_len, grid.kv_len, grid.query_offset)
         states = [tiles.add(part) for part in torch.split(csr.masks, tiles.chunk)]
-        return listed(csr.keys(), torch.cat([torch.zeros(1, dtype=torch.int64), *states])[csr.tiles])
+        return listed(csr.keys(), torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), *states])[csr.tiles])
 
 
 def _check_lengths(csr: BlockCSR, q_len: int, kv_len: int, query_offset: int) -> None:

@@ -112,7 +112,7 @@ class _Index:
         self.low, self.high = csr.grid.row_spans()
         self.tail = span.keys % csr.block_size
         self.whole = span.keys // csr.block_size
-        row = torch.repeat_interleave(torch.arange(csr.rows), csr.indptr.diff())
+        row = torch.repeat_interleave(torch.arange(csr.rows, dtype=torch.int64, device="cpu"), csr.indptr.diff())
         column, tile = csr.indices.long(), csr.tiles.long()
         at_tail, full = column >= self.whole, tile == FULL
         self.full, self.partial = (_Kind(row, column, tile, at_tail, kind, csr.rows) for kind in (full, ~full))
@@ -148,7 +148,7 @@ class _Index:
 
     def _columns(self, kind: _Kind, rows: Tensor) -> Columns:
         first = int(rows[0])
-        place = kind.first[rows][:, None] + torch.arange(int(kind.counts[first]))
+        place = kind.first[rows][:, None] + torch.arange(int(kind.counts[first]), dtype=torch.int64, device="cpu")
         blocks, tiles = kind.columns[place], kind.tiles[place]
         tail = self.tail if int(kind.tails[first]) >= 0 else 0
         if tail:
@@ -183,7 +183,8 @@ class _Kind:
         self.columns, self.tiles = column[kept], tile[kept]
         self.counts = torch.bincount(row[kept], minlength=rows)
         self.first = self.counts.cumsum(0) - self.counts
-        self.tails = torch.full((rows,), -1)  # the tile of the last column's block, -1 where a row lacks it
+        # the tile of the last column's block, -1 where a row lacks it
+        self.tails = torch.full((rows,), -1, dtype=torch.int64, device="cpu")
         self.tails[row[last]] = tile[last]
 
 

@@ -30,8 +30,10 @@ def _lines(grid: Grid, tiles: Tiles, numbers: Tensor, states: Tensor) -> BlockSe
     column = (numbers >= 0) & (numbers < grid.columns)
     check_count(int(row.sum()) * grid.columns + int(column.sum()) * grid.rows)
     starts = (numbers[row] - grid.first_row) * grid.columns
-    across = (starts[:, None] + torch.arange(grid.columns)).flatten()
-    down = (torch.arange(grid.rows)[:, None] * grid.columns + numbers[column]).flatten()
+    across = (starts[:, None] + torch.arange(grid.columns, dtype=torch.int64, device="cpu")).flatten()
+    down = (
+        torch.arange(grid.rows, dtype=torch.int64, device="cpu")[:, None] * grid.columns + numbers[column]
+    ).flatten()
     rows = BlockSet(across, states[0, row].repeat_interleave(grid.columns))
     return unite(rows, BlockSet(down, states[1, column].repeat(grid.rows)), tiles)
 
@@ -61,8 +63,8 @@ class GlobalBlocks(Rule):
 
     def blocks(self, grid: Grid, tiles: Tiles) -> BlockSet:
         """All full."""
-        numbers = torch.tensor(_from_start(self.numbers, grid.columns), dtype=torch.int64)
-        return _lines(grid, tiles, numbers, torch.zeros(2, len(numbers), dtype=torch.int64))
+        numbers = torch.tensor(_from_start(self.numbers, grid.columns), dtype=torch.int64, device="cpu")
+        return _lines(grid, tiles, numbers, torch.zeros(2, len(numbers), dtype=torch.int64, device="cpu"))
 
 
 @frozen(slots=False, init=False)
@@ -89,11 +91,13 @@ class GlobalTokens(Rule):
     def blocks(self, grid: Grid, tiles: Tiles) -> BlockSet:
         """Partial wherever a block holds a global token and others."""
         size = grid.block_size
-        positions = torch.tensor([p for p in _from_start(self.positions, grid.kv_len) if p >= 0], dtype=torch.int64)
+        positions = torch.tensor(
+            [p for p in _from_start(self.positions, grid.kv_len) if p >= 0], dtype=torch.int64, device="cpu"
+        )
         numbers, place = torch.unique_consecutive(positions // size, return_inverse=True)
-        marks = torch.zeros(len(numbers), size, dtype=torch.bool)
+        marks = torch.zeros(len(numbers), size, dtype=torch.bool, device="cpu")
         marks[place, positions % size] = True
-        states = [torch.zeros(2, 0, dtype=torch.int64)]
+        states = [torch.zeros(2, 0, dtype=torch.int64, device="cpu")]
         for part in torch.split(marks, tiles.chunk):
             down = tiles.add(part[:, :, None].expand(-1, -1, size))
             states.append(torch.stack([down, tiles.add(part[:, None, :].expand(-1, size, -1))]))
@@ -141,7 +145,7 @@ class Strides(_Distances):
     def distances(self, low: int, high: int) -> Tensor:
         """Multiples."""
         first = -(-low // self.stride)
-        return torch.arange(first, max(first, high // self.stride + 1)) * self.stride
+        return torch.arange(first, max(first, high // self.stride + 1), dtype=torch.int64, device="cpu") * self.stride
 
 
 @frozen(slots=False, init=False)
@@ -167,7 +171,7 @@ class Dilation(_Distances):
     def distances(self, low: int, high: int) -> Tensor:
         """Multiples within reach."""
         first, last = max(-self.reach, -(-low // self.rate)), min(self.reach, high // self.rate)
-        return torch.arange(first, max(first, last + 1)) * self.rate
+        return torch.arange(first, max(first, last + 1), dtype=torch.int64, device="cpu") * self.rate
 
 
 @frozen(slots=False, init=False)
@@ -200,11 +204,13 @@ class Hierarchy(_Distances):
     def distances(self, low: int, high: int) -> Tensor:
         """Level by level, to either side."""
         furthest = max(abs(low), abs(high))
-        found = [torch.arange(min(self.near, furthest + 1))]
+        found = [torch.arange(min(self.near, furthest + 1), dtype=torch.int64, device="cpu")]
         step, start = 2, self.near
         while start <= furthest:
             first = -(-start // step) * step
-            found.append(torch.arange(first, max(first, min(2 * start, furthest + 1)), step))
+            found.append(
+                torch.arange(first, max(first, min(2 * start, furthest + 1)), step, dtype=torch.int64, device="cpu")
+            )
             step, start = 2 * step, 2 * start
         ahead = torch.cat(found)
         both = torch.cat([-ahead[1:].flip(0), ahead])

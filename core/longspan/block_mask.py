@@ -94,9 +94,9 @@ def to_block_mask(
         q_len, kv_len, is_causal=is_causal, query_offset=query_offset, heads=heads or pattern.heads or 1
     )
     table, masks = _tables(blocks)
-    of_head = torch.tensor(blocks.of_head)
+    of_head = torch.tensor(blocks.of_head, dtype=torch.int64, device="cpu")
     grid = blocks.layouts[0].grid
-    whole = torch.ones(grid.rows, grid.columns, dtype=torch.bool)
+    whole = torch.ones(grid.rows, grid.columns, dtype=torch.bool, device="cpu")
     whole[q_len // size :] = False
     whole[:, kv_len // size :] = False
     full = ((table == 1) & whole)[of_head][None]
@@ -116,8 +116,13 @@ def to_block_mask(
 def _tables(blocks: HeadBlocks) -> tuple[Tensor, Tensor]:
     """`(layouts, rows, columns)` numbers of masks, and the masks: 0 keeps nothing, 1 keeps all."""
     size = blocks.layouts[0].block_size
-    table = torch.zeros(len(blocks.layouts), blocks.layouts[0].rows, blocks.layouts[0].columns, dtype=torch.int32)
-    masks = [torch.zeros(1, size, size, dtype=torch.bool), torch.ones(1, size, size, dtype=torch.bool)]
+    table = torch.zeros(
+        len(blocks.layouts), blocks.layouts[0].rows, blocks.layouts[0].columns, dtype=torch.int32, device="cpu"
+    )
+    masks = [
+        torch.zeros(1, size, size, dtype=torch.bool, device="cpu"),
+        torch.ones(1, size, size, dtype=torch.bool, device="cpu"),
+    ]
     for number, layout in enumerate(blocks.layouts):
         shift = sum(len(one) for one in masks) - 1
         table[number].view(-1)[layout.keys()] = torch.where(layout.tiles == FULL, 1, layout.tiles + shift)
@@ -160,7 +165,9 @@ def _keys(mask: BlockMask, counts: Tensor, indices: Tensor, grid: Grid) -> Tenso
     """The keys of the listed blocks, cut into squares, as far as they lie within the sequence."""
     counts, indices = counts.cpu().long(), indices.cpu().long()
     tall, wide = (side // grid.block_size for side in mask.BLOCK_SIZE)
-    row, place = (torch.arange(indices.shape[1]) < counts[:, None]).nonzero(as_tuple=True)
+    row, place = (torch.arange(indices.shape[1], dtype=torch.int64, device="cpu") < counts[:, None]).nonzero(
+        as_tuple=True
+    )
     column = indices[row, place]
     found = []
     for down, along in product(range(tall), range(wide)):
@@ -174,10 +181,10 @@ def _evaluated(mask: BlockMask, entry: int, head: int, keys: Tensor, grid: Grid,
     """The states of partial blocks, by the mask's own function of positions."""
     device = mask.kv_indices.device
     size = grid.block_size
-    one = torch.arange(size, device=device)
-    b, h = torch.tensor(entry, device=device), torch.tensor(head, device=device)
+    one = torch.arange(size, device=device, dtype=torch.int64)
+    b, h = torch.tensor(entry, device=device, dtype=torch.int64), torch.tensor(head, device=device, dtype=torch.int64)
     asked = torch.vmap(mask.mask_mod, in_dims=(None, None, 0, 0))
-    found = [torch.zeros(0, dtype=torch.int64)]
+    found = [torch.zeros(0, dtype=torch.int64, device="cpu")]
     for part in torch.split(keys.to(device), max(1, tiles.chunk // 16)):  # two int64 positions a pair
         if not len(part):
             break

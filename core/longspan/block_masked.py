@@ -72,16 +72,18 @@ class Slab:
         with torch.inference_mode(False), torch.device("cpu"):
             ends = csr.indptr[low : high + 1]
             entries = slice(int(ends[0]), int(ends[-1]))
-            row = torch.repeat_interleave(torch.arange(high - low), ends.diff())
+            row = torch.repeat_interleave(torch.arange(high - low, dtype=torch.int64, device="cpu"), ends.diff())
             column = csr.indices[entries].long() - self.columns.start
             mine = (column >= 0) & (column < self.columns.stop - self.columns.start)
             row, column, states = row[mine], column[mine], csr.tiles[entries].long()[mine]
-            lines = torch.full((high - low, self.columns.stop - self.columns.start), -torch.inf, dtype=mask.dtype)
+            lines = torch.full(
+                (high - low, self.columns.stop - self.columns.start), -torch.inf, dtype=mask.dtype, device="cpu"
+            )
             lines[row, column] = 0.0
             lines = lines.repeat_interleave(size, dim=1)[:, None]
             mixed = states != FULL
             partial, place = torch.unique(states[mixed] - 1, return_inverse=True)
-            tiles = torch.zeros(len(partial), size, size, dtype=mask.dtype)
+            tiles = torch.zeros(len(partial), size, size, dtype=mask.dtype, device="cpu")
             tiles.masked_fill_(~csr.masks[partial], -torch.inf)
         mask.view(high - low, size, -1).copy_(lines)  # rows of blocks, as if all that are kept were full
         mask.view(high - low, size, -1, size).transpose(1, 2)[row[mixed], column[mixed]] = tiles[place]
@@ -195,8 +197,10 @@ def _extents(csr: BlockCSR) -> tuple[Tensor, Tensor, Tensor]:
         slab = kept // _height(csr)
         count = -(-csr.rows // _height(csr))
         first, last = csr.indices[csr.indptr[kept]].long(), csr.indices[csr.indptr[kept + 1] - 1].long()
-        starts = torch.full((count,), csr.columns).scatter_reduce_(0, slab, first, "amin")
-        stops = torch.zeros(count, dtype=torch.int64).scatter_reduce_(0, slab, last + 1, "amax")
+        starts = torch.full((count,), csr.columns, dtype=torch.int64, device="cpu").scatter_reduce_(
+            0, slab, first, "amin"
+        )
+        stops = torch.zeros(count, dtype=torch.int64, device="cpu").scatter_reduce_(0, slab, last + 1, "amax")
         there = stops.nonzero().squeeze(1)
         return there * _height(csr), starts[there], stops[there]
 

@@ -71,13 +71,13 @@ class Drawn(Rule):
         columns = grid.columns
         count = self.count(columns)
         check_count(grid.rows * count)
-        keys = torch.empty(grid.rows, count, dtype=torch.int64)
+        keys = torch.empty(grid.rows, count, dtype=torch.int64, device="cpu")
         step = max(1, _CHUNK // max(1, count))
         for start in range(0, grid.rows if count else 0, step):
             rows = grid.row_numbers()[start : start + step]
             drawn = _permuted(self.seed, rows, columns, count).sort(1).values
             keys[start : start + step] = drawn + ((rows - grid.first_row) * columns)[:, None]
-        return BlockSet(keys.flatten(), torch.zeros(grid.rows * count, dtype=torch.int64))
+        return BlockSet(keys.flatten(), torch.zeros(grid.rows * count, dtype=torch.int64, device="cpu"))
 
 
 def _mix(x: Number) -> Number:
@@ -100,8 +100,8 @@ def _permuted(seed: int, rows: Tensor, columns: int, count: int) -> Tensor:
     low_bits = (bits + 1) // 2
     low_mask, high_mask = (1 << low_bits) - 1, (1 << (bits - low_bits)) - 1
     keys = [key[:, None] for key in _round_keys(seed, rows)]
-    x = torch.arange(count).repeat(len(rows), 1)
-    found, where = x, torch.arange(x.numel())
+    x = torch.arange(count, dtype=torch.int64, device="cpu").repeat(len(rows), 1)
+    found, where = x, torch.arange(x.numel(), dtype=torch.int64, device="cpu")
     while True:
         high, low = x >> low_bits, x & low_mask
         for number in range(0, _ROUNDS, 2):

@@ -50,10 +50,10 @@ class Band:
         right = (grid.columns + 1) * size if self.right is None else min(self.right, (grid.columns + 1) * size)
         low = max(-((right + size - 1) // size), -grid.columns)
         high = min((left + size - 1) // size, last)
-        states = torch.zeros(max(0, high - low + 1), dtype=torch.int64)
+        states = torch.zeros(max(0, high - low + 1), dtype=torch.int64, device="cpu")
         full_low, full_high = -((right + 1 - size) // size), (left + 1 - size) // size
         ends = sorted({*range(low, min(full_low, high + 1)), *range(max(full_high + 1, low), high + 1)})
-        one = torch.arange(size)
+        one = torch.arange(size, dtype=torch.int64, device="cpu")
         for difference in ends:  # at most four, whatever the length
             apart = difference * size + one[:, None] - one[None, :]
             states[difference - low] = tiles.add(((apart <= left) & (apart >= -right))[None])[0]
@@ -75,9 +75,11 @@ class Band:
         ends = counts.cumsum(0)
         total = check_count(int(ends[-1]) if len(ends) else 0)
         starts = ends - counts
-        shift = torch.arange(grid.rows) * columns + first - starts
-        keys = torch.arange(total) + torch.repeat_interleave(shift, counts, output_size=total)
-        found = torch.zeros(total, dtype=torch.int64)
+        shift = torch.arange(grid.rows, dtype=torch.int64, device="cpu") * columns + first - starts
+        keys = torch.arange(total, dtype=torch.int64, device="cpu") + torch.repeat_interleave(
+            shift, counts, output_size=total
+        )
+        found = torch.zeros(total, dtype=torch.int64, device="cpu")
         for place in states.nonzero().squeeze(1).tolist():
             column = rows - (low + place)
             there = (column >= first) & (column < first + counts)
@@ -108,7 +110,7 @@ def complement(blocks: BlockSet) -> BlockSet:
 def everything(grid: Grid, but: BlockSet, tiles: Tiles) -> BlockSet:
     """The blocks of a complemented set, listed: as many as it holds."""
     check_count(grid.rows * grid.columns)
-    keys = torch.arange(grid.rows * grid.columns)
+    keys = torch.arange(grid.rows * grid.columns, dtype=torch.int64, device="cpu")
     states = torch.zeros_like(keys)
     states[but.keys] = tiles.without(states[but.keys], but.states)
     return listed(keys, states)
@@ -130,9 +132,9 @@ def unite(a: BlockSet, b: BlockSet, tiles: Tiles) -> BlockSet:
     states[place[shared]] = tiles.join(found[shared], b.states[shared])
     new = ~shared
     keys = b.keys[new]
-    from_a = torch.arange(len(a.keys)) + torch.searchsorted(keys, a.keys)
-    from_b = torch.arange(len(keys)) + torch.searchsorted(a.keys, keys)
-    all_keys = torch.empty(len(a.keys) + len(keys), dtype=torch.int64)
+    from_a = torch.arange(len(a.keys), dtype=torch.int64, device="cpu") + torch.searchsorted(keys, a.keys)
+    from_b = torch.arange(len(keys), dtype=torch.int64, device="cpu") + torch.searchsorted(a.keys, keys)
+    all_keys = torch.empty(len(a.keys) + len(keys), dtype=torch.int64, device="cpu")
     all_states = torch.empty_like(all_keys)
     all_keys[from_a], all_keys[from_b] = a.keys, keys
     all_states[from_a], all_states[from_b] = states, b.states[new]

@@ -182,8 +182,11 @@ class BlockSparse(Pattern):
         kv_len = q_len if kv_len is None else kv_len
         heads = heads or self.heads or 1
         self.check(heads)
-        query, key = query_offset + torch.arange(q_len)[:, None], torch.arange(kv_len)[None, :]
-        seen = (key <= query) if is_causal else torch.ones(q_len, kv_len, dtype=torch.bool)
+        query, key = (
+            query_offset + torch.arange(q_len, dtype=torch.int64, device="cpu")[:, None],
+            torch.arange(kv_len, dtype=torch.int64, device="cpu")[None, :],
+        )
+        seen = (key <= query) if is_causal else torch.ones(q_len, kv_len, dtype=torch.bool, device="cpu")
         return torch.stack([self.allowed(query, key, head, kv_len) & seen for head in range(heads)])
 
 

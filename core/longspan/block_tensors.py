@@ -53,9 +53,9 @@ class Queries:
 
     def positions(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """The number of each line, `(lines, rows)`, and each query's index, `(lines, rows, queries)`; int64."""
-        heads = torch.arange(query.shape[1], device=query.device)
-        numbers = torch.arange(query.shape[0], device=query.device)[:, None] * query.shape[1] + heads
-        index = torch.arange(query.shape[2], device=query.device)
+        heads = torch.arange(query.shape[1], device=query.device, dtype=torch.int64)
+        numbers = torch.arange(query.shape[0], device=query.device, dtype=torch.int64)[:, None] * query.shape[1] + heads
+        index = torch.arange(query.shape[2], device=query.device, dtype=torch.int64)
         numbers = numbers[:, :, None, None].expand((*query.shape[:3], 1))
         index = index[:, None].expand((*query.shape[:3], 1))
         return self.read(numbers)[:, :, 0, 0], self.read(index).squeeze(-1)
@@ -124,8 +124,10 @@ class Keys:
     def positions(self, device: torch.device) -> Tensor:
         """Each key's index in the key tensor, `(rows, keys)` int64."""
         columns, size = self._columns, self._columns.size
-        whole = columns.blocks[self._chunk.rows].unsqueeze(-1) * size + torch.arange(size, device=device)
-        last = self._job.group.key_blocks * size + torch.arange(columns.tail, device=device)
+        whole = columns.blocks[self._chunk.rows].unsqueeze(-1) * size + torch.arange(
+            size, device=device, dtype=torch.int64
+        )
+        last = self._job.group.key_blocks * size + torch.arange(columns.tail, device=device, dtype=torch.int64)
         found = torch.cat([whole.flatten(1), last.expand(self._rows, -1)], dim=1)
         return found + self._job.group.key_start
 

@@ -33,7 +33,7 @@ class Tiles:
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
-        self._parts: list[Tensor] = [torch.empty(0, block_size, block_size, dtype=torch.bool)]
+        self._parts: list[Tensor] = [torch.empty(0, block_size, block_size, dtype=torch.bool, device="cpu")]
         self._found: dict[bytes, int] = {}
         self._weights: Tensor | None = None
 
@@ -56,7 +56,7 @@ class Tiles:
 
     def add(self, masks: Tensor) -> Tensor:
         """The states that stand for `(n, block_size, block_size)` bool masks: `(n,)` int64."""
-        states = torch.full((len(masks),), EMPTY)
+        states = torch.full((len(masks),), EMPTY, dtype=torch.int64, device="cpu")
         if not len(masks):
             return states
         flat = masks.reshape(len(masks), -1)
@@ -79,7 +79,7 @@ class Tiles:
             states.append(self._found[digest])
         if new:
             self._parts.append(masks[new])
-        found = torch.tensor(states)
+        found = torch.tensor(states, dtype=torch.int64, device="cpu")
         return found if inverse is None else found[inverse]
 
     def _distinct(self, masks: Tensor) -> tuple[list[int], Tensor | None]:
@@ -90,10 +90,12 @@ class Tiles:
         flat = masks.reshape(count, -1)
         words = torch.nn.functional.pad(flat, (0, -flat.shape[1] % 8)).contiguous().view(torch.int64)
         if self._weights is None:
-            odd = torch.arange(1, 2 * words.shape[1], 2)
+            odd = torch.arange(1, 2 * words.shape[1], 2, dtype=torch.int64, device="cpu")
             self._weights = (odd * 0x9E3779B97F4A7) ^ (odd * odd * 0x2545F4914F6CDD)  # wraps: any mixture will do
         _, inverse = torch.unique((words * self._weights).sum(1), return_inverse=True)
-        first = torch.full((int(inverse.max()) + 1,), count).scatter_reduce_(0, inverse, torch.arange(count), "amin")
+        first = torch.full((int(inverse.max()) + 1,), count, dtype=torch.int64, device="cpu").scatter_reduce_(
+            0, inverse, torch.arange(count, dtype=torch.int64, device="cpu"), "amin"
+        )
         if not torch.equal(words[first][inverse], words):  # two masks share a sum: the digests tell them apart
             return list(range(count)), None
         return first.tolist(), inverse
@@ -146,9 +148,9 @@ def _unique(codes: Tensor, bound: int) -> tuple[Tensor, Tensor]:
     if bound > _DENSE_PAIRS:
         distinct, inverse = torch.unique(codes, return_inverse=True)
         return distinct, inverse
-    seen = torch.zeros(bound, dtype=torch.bool)
+    seen = torch.zeros(bound, dtype=torch.bool, device="cpu")
     seen[codes] = True
     distinct = seen.nonzero().squeeze(1)
-    place = torch.empty(bound, dtype=torch.int64)
-    place[distinct] = torch.arange(len(distinct))
+    place = torch.empty(bound, dtype=torch.int64, device="cpu")
+    place[distinct] = torch.arange(len(distinct), dtype=torch.int64, device="cpu")
     return distinct, place[codes]

@@ -225,7 +225,7 @@ class _Block:
         """Add line `i`, or the last one where there are fewer, to row `i` of every query head, in place."""
         count = self.rows.stop - self.rows.start
         if lines.shape[2]:
-            where = torch.arange(count, device=lines.device).clamp_(max=lines.shape[2] - 1)
+            where = torch.arange(count, device=lines.device, dtype=torch.int64).clamp_(max=lines.shape[2] - 1)
             grouped.view(*grouped.shape[:2], -1, count, grouped.shape[-1]).add_(lines[:, :, where].unsqueeze(2))
 
     def scores(self, q: Tensor, key: Tensor, scale: float, wide: torch.dtype) -> Tensor:

@@ -67,7 +67,7 @@ def check_seed(seed: object) -> None:
 
 def draw_seed() -> int:
     """A seed from torch's default CPU generator: `torch.manual_seed` makes it repeat, checkpointing restores it."""
-    return int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64))
+    return int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu"))
 
 
 def signed(number: int) -> int:

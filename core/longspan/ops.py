@@ -273,7 +273,11 @@ def attend_in_graph(
         boundaries = torch.tensor(boundaries, dtype=torch.int64, device=query.device)
     drawn = None
     if dropout_p:
-        drawn = torch.randint(-(2**63), 2**63 - 1, ()) if seed is None else torch.tensor(signed(seed))
+        drawn = (
+            torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu")
+            if seed is None
+            else torch.tensor(signed(seed), dtype=torch.int64, device="cpu")
+        )
     attend: Any = _attention if maybe_current_level() is None else _Transformable.apply
     result: tuple[Tensor, Tensor] = attend(
         query,

@@ -193,7 +193,7 @@ class Plan:
         """
         device = torch.device(self._device, self.problem.device.index or 0) if self._device != "cpu" else "cpu"
         shapes = (self._query_shape, self._key_shape, self._key_shape)
-        tensors = [torch.randn(shape, device=device).to(self._dtype) for shape in shapes]
+        tensors = [torch.randn(shape, device=device, dtype=torch.float32).to(self._dtype) for shape in shapes]
         with torch.no_grad():
             return observe(self.backend, self._runner.operators, lambda: self(*tensors))
 

@@ -54,7 +54,7 @@ class Scratch:
         """The tensor with its rows (dimension 2) in reverse order."""
         if not self.is_kept:
             return tensor.flip(2)
-        backwards = torch.arange(tensor.shape[2] - 1, -1, -1, device=tensor.device)
+        backwards = torch.arange(tensor.shape[2] - 1, -1, -1, device=tensor.device, dtype=torch.int64)
         return torch.index_select(tensor, 2, backwards, out=self.again(name, tuple(tensor.shape), tensor.dtype))
 
     def widen(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

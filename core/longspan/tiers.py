@@ -49,7 +49,7 @@ class CudaMover:
 
     def to_host(self, flat: Tensor) -> tuple[Tensor, Mark]:
         """A pinned copy."""
-        host = torch.empty(flat.shape, dtype=torch.uint8, pin_memory=True)
+        host = torch.empty(flat.shape, dtype=torch.uint8, pin_memory=True, device="cpu")
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             mark = _Events(self._stream)
@@ -68,7 +68,7 @@ class CudaMover:
                 starts = [0]
                 for flat in flats:
                     starts.append(starts[-1] + -(-flat.numel() // ALIGNMENT) * ALIGNMENT)
-                staged = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=True)
+                staged = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=True, device="cpu")
                 self._stream.synchronize()  # what came from the device may still be on its way into these buffers
                 for flat, start in zip(flats, starts, strict=False):
                     staged[start : start + flat.numel()].copy_(flat)

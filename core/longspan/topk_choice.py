@@ -13,6 +13,7 @@ from torch import Tensor
 from longspan.block_csr import BlockCSR
 from longspan.block_grid import on_cpu
 from longspan.block_tiles import FULL, Tiles
+from longspan.tensors import wide_dtype
 from longspan.topk_mass import estimated_mass, measured_mass
 from longspan.topk_scoring import BlockScoring
 
@@ -38,7 +39,7 @@ def best(scores: Tensor, scoring: BlockScoring, k: int) -> Tensor:
     candidates = scoring.candidates(scores.device)
     scores = scores.masked_fill(~candidates, -torch.inf)
     if scoring.is_causal:
-        row = torch.arange(scoring.rows, device=scores.device)
+        row = torch.arange(scoring.rows, device=scores.device, dtype=torch.int64)
         own = row + scoring.grid.first_row
         there = own < scoring.columns  # queries may lie beyond the last key
         scores[:, :, row[there], own[there]] = torch.inf
@@ -67,7 +68,7 @@ def layouts_of(chosen: Tensor, scoring: BlockScoring) -> tuple[BlockCSR, ...]:
         tiles = Tiles(grid.block_size)
         states = torch.full_like(keys, FULL)
         if scoring.is_causal:
-            triangle = torch.ones(1, grid.block_size, grid.block_size, dtype=torch.bool).tril_()
+            triangle = torch.ones(1, grid.block_size, grid.block_size, dtype=torch.bool, device="cpu").tril_()
             own = keys // grid.columns + grid.first_row == keys % grid.columns
             states = torch.where(own, tiles.add(triangle), FULL)
         parts = zip(torch.split(keys, counts), torch.split(states, counts), strict=True)
@@ -91,8 +92,8 @@ class Part:
     def dense(self) -> Tensor:
         """`(batch, heads, q_len, kv_len)` bool."""
         scoring = self.scoring
-        position = torch.arange(scoring.q_len, device=self.chosen.device) + scoring.query_offset
-        column = torch.arange(scoring.kv_len, device=self.chosen.device)
+        position = torch.arange(scoring.q_len, device=self.chosen.device, dtype=torch.int64) + scoring.query_offset
+        column = torch.arange(scoring.kv_len, device=self.chosen.device, dtype=torch.int64)
         row = position // scoring.block_size - scoring.grid.first_row
         kept = self.chosen[:, :, row][..., column // scoring.block_size]
         return kept & (column <= position[:, None]) if scoring.is_causal else kept
@@ -102,7 +103,7 @@ class Part:
         counts = self.chosen.sum(-1, keepdim=True)
         most = int(counts.max()) if self.chosen.numel() else 0
         columns = self.chosen.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[..., :most]
-        return columns, torch.arange(most, device=columns.device) < counts
+        return columns, torch.arange(most, device=columns.device, dtype=torch.int64) < counts
 
 
 @frozen(eq=False, repr=False)
@@ -160,7 +161,7 @@ class BlockChoice:
     def _mean(self, share: Callable[[Part], Tensor]) -> Tensor:
         tokens = sum(part.scoring.q_len for part in self.parts)
         if not tokens:
-            return torch.ones(self.query.shape[:2], device=self.query.device)
+            return torch.ones(self.query.shape[:2], device=self.query.device, dtype=wide_dtype(self.query.dtype))
         with torch.no_grad():
             return torch.stack([share(part) * (part.scoring.q_len / tokens) for part in self.parts]).sum(0)
 

@@ -35,7 +35,7 @@ def biases(scores: Tensor, columns: Tensor, there: Tensor, scoring: BlockScoring
     """
     low, high = scoring.grid.row_spans()
     if scoring.is_causal:
-        own = torch.arange(scoring.rows, device=columns.device) + scoring.grid.first_row
+        own = torch.arange(scoring.rows, device=columns.device, dtype=torch.int64) + scoring.grid.first_row
         there = there & (columns != own[:, None])
     counts = there.sum(-1, keepdim=True)
     kept = scores.gather(-1, columns).masked_fill(~there & (counts > 0), -torch.inf)

@@ -54,12 +54,12 @@ def measured_mass(query: Tensor, key: Tensor, chosen: Tensor, scoring: BlockScor
             keys = key[entry, head // group].to(wide)
             for start in range(0, scoring.q_len, rows):
                 stop = min(start + rows, scoring.q_len)
-                position = torch.arange(start, stop, device=query.device) + scoring.query_offset
+                position = torch.arange(start, stop, device=query.device, dtype=torch.int64) + scoring.query_offset
                 seen = min(scoring.query_offset + stop, scoring.kv_len) if scoring.is_causal else scoring.kv_len
                 scores = (query[entry, head, start:stop].to(wide) * scoring.scale) @ keys[:seen].T
                 if scoring.is_causal:
                     first = scoring.query_offset + start
-                    late = torch.arange(first, max(first, seen), device=query.device)
+                    late = torch.arange(first, max(first, seen), device=query.device, dtype=torch.int64)
                     scores[:, first:].masked_fill_(late > position[:, None], -torch.inf)
                 scores = torch.nn.functional.pad(scores, (0, -seen % size), value=-torch.inf)
                 blocks = torch.unflatten(scores, 1, (-1, size)).logsumexp(-1)
@@ -76,7 +76,7 @@ def _visible_pairs(scoring: BlockScoring) -> Tensor:
     spans = grid.column_spans()
     pairs = (high - low)[:, None] * spans
     if scoring.is_causal:
-        distance = grid.row_numbers()[:, None] - torch.arange(scoring.columns)
+        distance = grid.row_numbers()[:, None] - torch.arange(scoring.columns, dtype=torch.int64, device="cpu")
         triangle = _triangle(high[:, None], spans) - _triangle(low[:, None], spans)
         pairs = torch.where(distance == 0, triangle, pairs).masked_fill_(distance < 0, 0)
     return pairs

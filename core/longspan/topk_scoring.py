@@ -66,7 +66,7 @@ class BlockScoring:
             `(batch, heads, query blocks, head_dim)`, float32 (float64 for float64).
         """
         if self.is_causal:
-            first = torch.arange(self.rows, device=query.device) * self.block_size
+            first = torch.arange(self.rows, device=query.device, dtype=torch.int64) * self.block_size
             first = (first - self.query_offset % self.block_size).clamp_(min=0)
             return query.index_select(2, first).to(wide_dtype(query.dtype))
         return _means(query, -self.query_offset % self.block_size, self.block_size)

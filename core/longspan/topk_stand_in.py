@@ -27,17 +27,19 @@ def stand_in(problem: Problem) -> Problem:
     if not found:
         return problem.replace(pattern=Dense(), documents=None)
     scoring = max((one for _, one in found), key=lambda one: one.kv_len)
-    grid, near = scoring.grid, torch.arange(pattern.k)
+    grid, near = scoring.grid, torch.arange(pattern.k, dtype=torch.int64, device="cpu")
     own = grid.row_numbers().clamp(max=grid.columns - 1)[:, None]
     tiles = Tiles(grid.block_size)
     if problem.is_causal:
         columns = (own - near.flip(0)).flatten()
     else:
         columns = ((own - pattern.k // 2).clamp(min=0, max=grid.columns - pattern.k) + near).flatten()
-    keys = torch.arange(grid.rows).repeat_interleave(pattern.k) * grid.columns + columns
+    keys = (
+        torch.arange(grid.rows, dtype=torch.int64, device="cpu").repeat_interleave(pattern.k) * grid.columns + columns
+    )
     states = torch.full_like(keys, FULL)
     if problem.is_causal:
-        diagonal = tiles.add(torch.ones(1, grid.block_size, grid.block_size, dtype=torch.bool).tril_())
+        diagonal = tiles.add(torch.ones(1, grid.block_size, grid.block_size, dtype=torch.bool, device="cpu").tril_())
         states = torch.where(keys // grid.columns + grid.first_row == columns, diagonal, states)
         keys, states = keys[columns >= 0], states[columns >= 0]
     csr = BlockCSR.of(grid, keys, states, tiles)

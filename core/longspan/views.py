@@ -60,7 +60,7 @@ class Block:
         sizes = (self.key_shape if of_keys else self.query_shape)[:3]
         found = torch.full((1, 1, 1), self.starts[slot], dtype=torch.int64, device=device)
         for place, step in enumerate((*self.outer[slot], self.rows[slot])):
-            line = torch.arange(sizes[place], device=device) * step
+            line = torch.arange(sizes[place], device=device, dtype=torch.int64) * step
             found = found + line.view([-1 if place == other else 1 for other in range(3)])
         return found
 

@@ -103,7 +103,7 @@ class _Tiled:
     ) -> tuple[Tensor, Tensor, Tensor]:
         dquery, dkey, dvalue = (torch.empty_like(x) for x in (query, key, value))
         for entries, _ in _tiles(query, rows=False):
-            dk, dv = (torch.zeros(x[entries].shape, device=x.device) for x in (key, value))
+            dk, dv = (torch.zeros(x[entries].shape, device=x.device, dtype=torch.float32) for x in (key, value))
             for _, rows in _tiles(query[entries]):
                 do, q, o = (x[entries, :, rows].float() for x in (dout, query, out))
                 dq = torch.zeros_like(q)

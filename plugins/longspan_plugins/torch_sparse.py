@@ -46,8 +46,8 @@ def longspan_kernel(problem: Problem) -> Kernel:
 
     def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         pattern = _pattern(query.shape[2], key.shape[2], problem.is_causal)
-        out = torch.empty(query.shape, dtype=query.dtype)
-        lse = torch.empty(query.shape[:3], dtype=query.dtype)
+        out = torch.empty(query.shape, dtype=query.dtype, device="cpu")
+        lse = torch.empty(query.shape[:3], dtype=query.dtype, device="cpu")
         for b in range(query.shape[0]):
             for h in range(query.shape[1]):
                 out[b, h], lse[b, h] = _head(pattern, query[b, h] * scale, key[b, h], value[b, h])
@@ -59,19 +59,32 @@ def longspan_kernel(problem: Problem) -> Kernel:
 @lru_cache(maxsize=8)
 def _pattern(rows: int, columns: int, is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Row pointers and column numbers of the kept pairs, and the row of each pair."""
-    counts = torch.arange(1, rows + 1).clamp_(max=columns) if is_causal else torch.full((rows,), columns)
+    counts = (
+        torch.arange(1, rows + 1, dtype=torch.int64, device="cpu").clamp_(max=columns)
+        if is_causal
+        else torch.full((rows,), columns, dtype=torch.int64, device="cpu")
+    )
     pointers = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     row = torch.repeat_interleave(counts)
-    return pointers, torch.arange(int(pointers[-1])) - pointers[row], row
+    return pointers, torch.arange(int(pointers[-1]), dtype=torch.int64, device="cpu") - pointers[row], row
 
 
 def _head(pattern: tuple[Tensor, Tensor, Tensor], query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     pointers, columns, row = pattern
     size = (query.shape[0], key.shape[0])
-    sample = torch.sparse_csr_tensor(pointers, columns, torch.zeros(len(columns), dtype=query.dtype), size)
+    sample = torch.sparse_csr_tensor(
+        pointers,
+        columns,
+        torch.zeros(len(columns), dtype=query.dtype, device="cpu"),
+        size,
+        dtype=query.dtype,
+        device="cpu",
+    )
     scores = torch.sparse.sampled_addmm(sample, query.contiguous(), key.t().contiguous(), beta=0.0).values()
     largest = torch.segment_reduce(scores, "max", offsets=pointers)
     weights = (scores - largest[row]).exp_()
     total = torch.zeros_like(largest).index_add_(0, row, weights)
-    product = torch.sparse_csr_tensor(pointers, columns, weights / total[row], size) @ value
+    product = (
+        torch.sparse_csr_tensor(pointers, columns, weights / total[row], size, dtype=query.dtype, device="cpu") @ value
+    )
     return product, largest + total.log()

@@ -128,11 +128,14 @@ def densities(
         heads: of `HEAD_DIM` each.
         block_size: of the layouts.
     """
-    query, key, value = (torch.randn(1, heads, tokens, HEAD_DIM).to(getattr(torch, dtype)) for _ in range(3))
+    query, key, value = (
+        torch.randn(1, heads, tokens, HEAD_DIM, dtype=torch.float32, device="cpu").to(getattr(torch, dtype))
+        for _ in range(3)
+    )
     drawn = {f"{share:.0%}": random_blocks(share, block_size) for share in LIMITS}
     patterns: dict[str, Pattern] = {"dense": Dense(), **drawn}
     races: dict[str, Sides] = {"forward": {}, "backward": {}}
-    dout = torch.randn(query.shape).to(query.dtype)
+    dout = torch.randn(query.shape, dtype=torch.float32, device="cpu").to(query.dtype)
     with torch.inference_mode():
         for name, pattern in patterns.items():
             made = longspan.plan(Problem.like(query, key, value, pattern), backend=backend)
@@ -167,7 +170,10 @@ def tiles(rows: Rows, backend: str, tokens: int, dtype: str, rounds: int) -> Non
         dtype: a torch dtype's name.
         rounds: of each race.
     """
-    query, key, value, dout = (torch.randn(1, HEADS, tokens, HEAD_DIM).to(getattr(torch, dtype)) for _ in range(4))
+    query, key, value, dout = (
+        torch.randn(1, HEADS, tokens, HEAD_DIM, dtype=torch.float32, device="cpu").to(getattr(torch, dtype))
+        for _ in range(4)
+    )
     drawn = {str(size): random_blocks(0.5, size) for size in (8, 16, 32, 64, 128, 256)}
     patterns: dict[str, Pattern] = {"dense": Dense(), **drawn}
     races: dict[str, Sides] = {"forward": {}, "backward": {}}

@@ -65,7 +65,10 @@ def run(args: Namespace) -> dict[str, Any]:
 
 
 def _inputs(tokens: int, dtype: torch.dtype, heads: int = 8, training: bool = False) -> Three:
-    query, key, value = (torch.randn(1, heads, tokens, 64).to(dtype).requires_grad_(training) for _ in range(3))
+    query, key, value = (
+        torch.randn(1, heads, tokens, 64, dtype=torch.float32, device="cpu").to(dtype).requires_grad_(training)
+        for _ in range(3)
+    )
     return query, key, value
 
 
@@ -86,7 +89,7 @@ def _once(made: Plan, tensors: Three, dout: Tensor | None) -> tuple[float, int]:
 
 def _call(pattern: Pattern, dtype: torch.dtype, tokens: int, rounds: int, training: bool) -> dict[str, Any]:
     tensors = _inputs(tokens, dtype, training=training)
-    dout = torch.randn(tensors[0].shape).to(dtype) if training else None
+    dout = torch.randn(tensors[0].shape, dtype=torch.float32, device="cpu").to(dtype) if training else None
     made = plan(Problem.like(*tensors, pattern, is_causal=True), backend="sdpa", pattern_cache=PatternCache())
     return _on_and_off(lambda: _once(made, tensors, dout), rounds)
 
@@ -137,7 +140,7 @@ def threshold(rounds: int, device: torch.device = torch.device("cpu")) -> dict[s
         spec = BufferSpec("x", (mib * 2**18,), "float32")
 
         def from_torch(shape: tuple[int, ...] = spec.shape) -> None:
-            torch.empty(shape, device=device).fill_(1.0)
+            torch.empty(shape, device=device, dtype=torch.float32).fill_(1.0)
 
         def from_arena(spec: BufferSpec = spec) -> None:
             with arena.lease(spec, device, always=True) as tensor:

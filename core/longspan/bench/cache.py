@@ -75,7 +75,7 @@ def _model(layers: int = 12, steps: int = 100) -> dict[str, Any]:
     store, problem = PatternCache(), _problem(4096, LONGNET)
     for _ in range(steps * layers):
         plan(problem, backend="sdpa", pattern_cache=store)
-    x = torch.zeros(1, 2, 40, 8)
+    x = torch.zeros(1, 2, 40, 8, dtype=torch.float32, device="cpu")
     given = (Dilated((7, 40), (1, 2)), True, None, 0.0, False, None, None, "sdpa")
     made = {id(plan_for(x, x, x, *given)) for _ in range(steps * layers)}
     stats = store.stats

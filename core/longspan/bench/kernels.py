@@ -76,7 +76,10 @@ def run(args: Namespace) -> dict[str, Any]:
 
 
 def _tensors(shape: tuple[int, ...], dtype: str = "float32", gradients: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value = (torch.randn(shape).to(getattr(torch, dtype)).requires_grad_(gradients) for _ in range(3))
+    query, key, value = (
+        torch.randn(shape, dtype=torch.float32, device="cpu").to(getattr(torch, dtype)).requires_grad_(gradients)
+        for _ in range(3)
+    )
     return query, key, value
 
 
@@ -192,7 +195,7 @@ class _Found:
         shape, reach = (1, 8, 4096, 64), 511
         tensors = _tensors(shape)
         made = longspan.plan(Problem.like(*tensors, pattern=SlidingWindow(reach, 0)), backend=self.backend)
-        mask = torch.ones(4096, 4096, dtype=torch.bool).tril().triu(-reach)
+        mask = torch.ones(4096, 4096, dtype=torch.bool, device="cpu").tril().triu(-reach)
         with torch.inference_mode():
             self._race(
                 f"window:{reach},0 {shape} float32 forward, against SDPA with that mask",

@@ -20,7 +20,7 @@ def product_peak(dtype: torch.dtype, device: torch.device, rounds: int = 7) -> f
 
     On a CPU both oneDNN's inner product and torch's own product are tried: which one is faster depends on the machine.
     """
-    a, b = (torch.randn(SIDE, SIDE, device=device).to(dtype) for _ in range(2))
+    a, b = (torch.randn(SIDE, SIDE, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
     best = 0.0
     for product in _products(a, b):
         best = max(best, 2e-9 * SIDE**3 / _fastest(product, device, rounds))
@@ -29,7 +29,7 @@ def product_peak(dtype: torch.dtype, device: torch.device, rounds: int = 7) -> f
 
 def bandwidth(device: torch.device, rounds: int = 7) -> float:
     """GB/s, read and written, of a copy that fits in no cache."""
-    source = torch.zeros(2**26, device=device)
+    source = torch.zeros(2**26, device=device, dtype=torch.float32)
     target = torch.empty_like(source)
     return 2e-9 * source.nbytes / _fastest(lambda: target.copy_(source), device, rounds)
 

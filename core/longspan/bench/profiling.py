@@ -76,7 +76,9 @@ def _problems(device: Device, quick: bool) -> Iterator[Problem]:
 
 def _times(problem: Problem, name: str, device: torch.device) -> tuple[float, float]:
     shape = (problem.batch, problem.heads, problem.q_len, problem.head_dim)
-    query, key, value, dout = (torch.randn(shape, device=device).to(getattr(torch, problem.dtype)) for _ in range(4))
+    query, key, value, dout = (
+        torch.randn(shape, device=device, dtype=torch.float32).to(getattr(torch, problem.dtype)) for _ in range(4)
+    )
     made = longspan.plan(problem, backend=name)
     with torch.no_grad():
         out, lse = made(query, key, value)

@@ -66,7 +66,7 @@ def _flex(
 ) -> Contest:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    query, key, value = (torch.randn(1, heads, tokens, HEAD_DIM) for _ in range(3))
+    query, key, value = (torch.randn(1, heads, tokens, HEAD_DIM, dtype=torch.float32, device="cpu") for _ in range(3))
     size = pattern.block_size
     mask = create_block_mask(seen, None, None, tokens, tokens, device="cpu", BLOCK_SIZE=size)
     run: Any = torch.compile(flex_attention, dynamic=False)
@@ -99,7 +99,7 @@ def _nothing_compiled() -> Iterator[None]:
 
 
 def _grid(csr: BlockCSR) -> Tensor:
-    kept = torch.zeros(csr.rows, csr.columns, dtype=torch.bool)
+    kept = torch.zeros(csr.rows, csr.columns, dtype=torch.bool, device="cpu")
     kept.view(-1)[csr.keys()] = True
     return kept
 
@@ -139,8 +139,8 @@ def against_longformer(
         attention_probs_dropout_prob=0.0,
     )
     module = need_transformers(MODELS + "longformer.modeling_longformer").LongformerSelfAttention(config, 0).eval()
-    hidden = torch.randn(1, tokens, heads * HEAD_DIM)
-    is_global = torch.zeros(1, tokens, dtype=torch.bool)
+    hidden = torch.randn(1, tokens, heads * HEAD_DIM, dtype=torch.float32, device="cpu")
+    is_global = torch.zeros(1, tokens, dtype=torch.bool, device="cpu")
     is_global[:, list(positions)] = True
     given = (is_global * 10_000.0, torch.zeros_like(is_global), is_global, bool(positions))
     pattern = longspan.longformer(window, positions)
@@ -191,9 +191,9 @@ def against_bigbird(backend: str, tokens: int, heads: int, block_size: int = 64,
     module.eval()
     turn = cycle(drawn)  # each forward asks once a head, in order
     module._bigbird_block_rand_mask = lambda *_, **__: next(turn)
-    hidden = torch.randn(1, tokens, heads * HEAD_DIM)
+    hidden = torch.randn(1, tokens, heads * HEAD_DIM, dtype=torch.float32, device="cpu")
     blocked, band, from_mask, to_mask = theirs.BigBirdModel.create_masks_for_block_sparse_attn(
-        torch.ones(1, tokens), block_size
+        torch.ones(1, tokens, dtype=torch.float32, device="cpu"), block_size
     )
     masks = {"band_mask": band, "from_mask": from_mask, "to_mask": to_mask}
     masks |= {"from_blocked_mask": blocked, "to_blocked_mask": blocked}
@@ -217,8 +217,14 @@ def _bigbird_blocks(tokens: int, size: int, drawn: list[list[int]]) -> BlockCSR:
     count = tokens // size
     rows = [list(range(count))] * count
     rows[1:-1] = [sorted({0, count - 1, row - 1, row, row + 1, *drawn[row - 1]}) for row in range(1, count - 1)]
-    indptr = torch.tensor([0, *map(len, rows)]).cumsum(0)
-    return BlockCSR(size, tokens, tokens, indptr, torch.tensor([column for row in rows for column in row]))
+    indptr = torch.tensor([0, *map(len, rows)], dtype=torch.int64, device="cpu").cumsum(0)
+    return BlockCSR(
+        size,
+        tokens,
+        tokens,
+        indptr,
+        torch.tensor([column for row in rows for column in row], dtype=torch.int64, device="cpu"),
+    )
 
 
 def _projected(layer: Callable[[Tensor], Tensor], hidden: Tensor, heads: int) -> Tensor:

@@ -102,7 +102,7 @@ def _one(draw: random.Random, cache: PatternCache, arena: BufferArena) -> Plan:
     patterns: list[Pattern] = [Dilated((16, 64), (1, 3)), SlidingWindow(draw.choice((1, 9, 30)), 0)]
     dtype = draw.choice(list(TOLERANCE))
     shape = (draw.randrange(1, 3), 2, draw.choice((2, 17, 64, 100, 130, 199)), 8)
-    tensors = [torch.randn(shape).to(dtype) for _ in range(3)]
+    tensors = [torch.randn(shape, dtype=torch.float32, device="cpu").to(dtype) for _ in range(3)]
     leaves = [x.clone().requires_grad_() for x in tensors]
     pattern = draw.choice(patterns)
     problem = Problem.like(leaves[0], leaves[1], leaves[2], pattern, is_causal=True)

@@ -75,7 +75,7 @@ def _profile(text: str, as_json: bool) -> None:
 
     try:
         device = torch.device(text)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device, dtype=torch.float32)
     except (RuntimeError, AssertionError) as error:
         raise ArgumentError("--device", repr(text), "a device of this machine", "e.g. cpu or cuda:0") from error
     with output.quiet_stdout():

@@ -89,19 +89,28 @@ def picture(layout: BlockCSR, cells: int = CELLS) -> Tensor:
     keys = layout.keys()
     cell = keys // max(1, layout.columns) // step * columns + keys % max(1, layout.columns) // step
     size = layout.block_size**2
-    weights = torch.cat([torch.tensor([size]), layout.masks.sum((1, 2))])[layout.tiles]
+    weights = torch.cat([torch.tensor([size], dtype=torch.int64, device="cpu"), layout.masks.sum((1, 2))])[layout.tiles]
     shape = (rows, columns)
-    kept = torch.zeros(rows * columns).index_add_(0, cell, weights / size).view(shape)
-    full = torch.zeros(rows * columns).index_add_(0, cell, (layout.tiles == 0).float()).view(shape)
-    height = (layout.rows - torch.arange(rows) * step).clamp_(max=step)
-    width = (layout.columns - torch.arange(columns) * step).clamp_(max=step)
+    nothing = torch.zeros(rows * columns, dtype=torch.float32, device="cpu")
+    kept = nothing.index_add(0, cell, weights.float() / size).view(shape)
+    full = nothing.index_add(0, cell, (layout.tiles == 0).float()).view(shape)
+    height = (layout.rows - torch.arange(rows, dtype=torch.int64, device="cpu") * step).clamp_(max=step)
+    width = (layout.columns - torch.arange(columns, dtype=torch.int64, device="cpu") * step).clamp_(max=step)
     blocks = height[:, None] * width[None, :]
-    share = (0.5 + 0.5 * (kept / blocks)).clamp_(max=1.0) if step > 1 else torch.ones(shape)
-    image = torch.tensor(WHITE).repeat(rows, columns, 1)
+    share = (
+        (0.5 + 0.5 * (kept / blocks)).clamp_(max=1.0)
+        if step > 1
+        else torch.ones(shape, dtype=torch.float32, device="cpu")
+    )
+    image = torch.tensor(WHITE, dtype=torch.float32, device="cpu").repeat(rows, columns, 1)
     some = kept > 0
-    pale = torch.lerp(torch.tensor(WHITE), torch.tensor(PARTIAL), share[..., None])
+    pale = torch.lerp(
+        torch.tensor(WHITE, dtype=torch.float32, device="cpu"),
+        torch.tensor(PARTIAL, dtype=torch.float32, device="cpu"),
+        share[..., None],
+    )
     image[some] = pale[some]
-    image[some & (full == blocks)] = torch.tensor(FULL)
+    image[some & (full == blocks)] = torch.tensor(FULL, dtype=torch.float32, device="cpu")
     return image
 
 

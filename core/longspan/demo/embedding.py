@@ -36,7 +36,7 @@ def embed(
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
 
     hidden = normal(256, WIDTH)[tokens.long()] + _positions(len(tokens))
     hidden = torch.nn.functional.layer_norm(hidden, (WIDTH,))
@@ -51,6 +51,6 @@ def embed(
 
 def _positions(count: int) -> Tensor:
     """The sinusoids of "Attention is all you need" (arXiv 1706.03762, section 3.5), `(count, WIDTH)`."""
-    rates = torch.exp(torch.arange(0, WIDTH, 2) * (-math.log(10_000.0) / WIDTH))
-    angles = torch.arange(count, dtype=torch.float64)[:, None] * rates.double()
+    rates = torch.exp(torch.arange(0, WIDTH, 2, dtype=torch.float32, device="cpu") * (-math.log(10_000.0) / WIDTH))
+    angles = torch.arange(count, dtype=torch.float64, device="cpu")[:, None] * rates.double()
     return torch.stack((angles.sin(), angles.cos()), -1).flatten(1).float()

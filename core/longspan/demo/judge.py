@@ -25,11 +25,11 @@ def sample_rows(length: int, pattern: Dilated, seed: int) -> Tensor:
     wanted = {0, length - 1, *(row for border in borders for row in (border - 1, border))}
     chosen = {row for row in wanted if 0 <= row < length}
     generator = torch.Generator().manual_seed(seed)
-    for row in torch.randperm(length, generator=generator)[:ROWS].tolist():
+    for row in torch.randperm(length, generator=generator, dtype=torch.int64, device="cpu")[:ROWS].tolist():
         if len(chosen) >= ROWS:
             break
         chosen.add(row)
-    return torch.tensor(sorted(chosen))
+    return torch.tensor(sorted(chosen), dtype=torch.int64, device="cpu")
 
 
 class Judge:

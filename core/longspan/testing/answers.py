@@ -100,9 +100,9 @@ def dense(
 def factors(problem: Problem) -> Tensor:
     """What the dropout of seed `SEED` multiplies the weights with, `(batch, heads, q_len, kv_len)`, float64."""
     shape = problem.batch, problem.heads
-    lines = torch.arange(problem.batch * problem.heads).view(shape)
-    queries = (torch.arange(problem.q_len) + problem.query_offset).expand(*shape, -1)
-    keys = torch.arange(problem.kv_len).expand(*shape, -1)
+    lines = torch.arange(problem.batch * problem.heads, dtype=torch.int64, device="cpu").view(shape)
+    queries = (torch.arange(problem.q_len, dtype=torch.int64, device="cpu") + problem.query_offset).expand(*shape, -1)
+    keys = torch.arange(problem.kv_len, dtype=torch.int64, device="cpu").expand(*shape, -1)
     every = slice(None)
     return Dropout(problem.dropout_p, SEED, lines, queries, keys).factors(every, every, every, torch.float64)
 

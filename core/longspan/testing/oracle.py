@@ -102,12 +102,12 @@ class _Sight:
                     f"(they start where the keys start) or query_offset={kv_len - q_len} (they end where the keys end)"
                 )
             query_offset = 0
-        every_row = torch.arange(q_len, device=device)
+        every_row = torch.arange(q_len, device=device, dtype=torch.int64)
         self.rows = every_row if rows is None else torch.as_tensor(rows, dtype=torch.int64, device=device)
         if self.rows.ndim != 1 or bool(((self.rows < 0) | (self.rows >= q_len)).any()):
             raise ValueError(f"rows must be one list of query indices from 0 to {q_len - 1}")
         q_document, q_position = _locate(query_offset + self.rows, cu_seqlens)
-        k_document, k_position = _locate(torch.arange(kv_len, device=device), cu_seqlens)
+        k_document, k_position = _locate(torch.arange(kv_len, device=device, dtype=torch.int64), cu_seqlens)
         self.pattern, self.heads = pattern, heads
         self.query, self.key = q_position[:, None], k_position[None, :]
         self.allowed = (q_document[:, None] == k_document[None, :]) & (q_document[:, None] >= 0)

@@ -35,7 +35,10 @@ def make(case: Case) -> Inputs:
     queries, keys = (p.batch, p.heads, p.q_len, p.head_dim), (p.batch, p.kv_heads, p.kv_len, p.head_dim)
     seed = crc32(f"{p.replace(device='cpu', dtype='float64')}".encode())
     generator = torch.Generator().manual_seed(seed)
-    drawn = [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in (queries, keys, keys, queries)]
+    drawn = [
+        torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu")
+        for shape in (queries, keys, keys, queries)
+    ]
     if case.logits == "spiked":
         drawn[:2] = _spiked(case, drawn[0], drawn[1])
     elif case.logits == "sunken":  # scores near -1e4 and below, where a mask of -1e4 hides nothing
@@ -49,7 +52,7 @@ def _spiked(case: Case, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     height = math.sqrt(1e4 / case.problem.scale)
     query, key = torch.zeros_like(query), torch.zeros_like(key)
     for x in (query, key):
-        index = torch.arange(min(x.shape[2], x.shape[3]))
+        index = torch.arange(min(x.shape[2], x.shape[3]), dtype=torch.int64, device="cpu")
         x[:, :, index, index] = height
     return query, key
 

@@ -82,7 +82,7 @@ def batches_of(layout: BlockLayout, batch: int, dtype: torch.dtype) -> tuple[Bat
 
 def _classes(counts: Tensor) -> Sequence[Tensor]:
     """Block rows, by how many blocks they have: all of them, or those within a factor of two of each other."""
-    every = torch.arange(len(counts))
+    every = torch.arange(len(counts), dtype=torch.int64, device="cpu")
     if int(counts.max()) * len(counts) <= WASTE * int(counts.sum()):
         return [every]
     kinds = torch.where(counts > 0, counts.clamp(min=1).log2().floor().long(), -1)
@@ -92,21 +92,23 @@ def _classes(counts: Tensor) -> Sequence[Tensor]:
 def _table(layouts: Sequence[BlockCSR], dtype: torch.dtype) -> tuple[Tensor, list[int]]:
     """`(masks, size, size)` of all layouts, and where those of each begin."""
     size = layouts[0].block_size
-    fixed = torch.zeros(2, size, size, dtype=dtype)
+    fixed = torch.zeros(2, size, size, dtype=dtype, device="cpu")
     fixed[ABSENT] = -torch.inf
     first = [2]
     for one in layouts:
         first.append(first[-1] + len(one.masks))
-    hidden = [torch.zeros(one.masks.shape, dtype=dtype).masked_fill_(~one.masks, -torch.inf) for one in layouts]
+    hidden = [
+        torch.zeros(one.masks.shape, dtype=dtype, device="cpu").masked_fill_(~one.masks, -torch.inf) for one in layouts
+    ]
     return torch.cat([fixed, *hidden]), first
 
 
 def _padded(csr: BlockCSR, first: int, head: int, rows: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Block columns `(rows, most)`, numbered over all heads, and their masks in the table."""
     if not csr.nnz:
-        nothing = torch.zeros(len(rows), most, dtype=torch.int64)
+        nothing = torch.zeros(len(rows), most, dtype=torch.int64, device="cpu")
         return nothing + head * csr.columns, nothing + ABSENT
-    place = csr.indptr[rows][:, None] + torch.arange(most)
+    place = csr.indptr[rows][:, None] + torch.arange(most, dtype=torch.int64, device="cpu")
     there = place < csr.indptr[rows + 1][:, None]
     place = torch.where(there, place, 0)
     states = csr.tiles.long()[place]
@@ -118,12 +120,12 @@ def _batch(
     rows: Tensor, counts: Tensor, blocks: Tensor, states: Tensor, table: Tensor, size: int, batch: int, columns: int
 ) -> Batch:
     lines, most = blocks.shape
-    within = torch.arange(size)
+    within = torch.arange(size, dtype=torch.int64, device="cpu")
     masks = states[:, None, :] * size + within[:, None]  # (lines, size, most)
     flat = table.view(-1, size)
     blind = (flat == -torch.inf).all(-1)[masks].all(-1)  # (lines, size)
     masks[..., 0].masked_fill_(blind, FULL)
-    numbers = torch.arange(batch)[:, None]
+    numbers = torch.arange(batch, dtype=torch.int64, device="cpu")[:, None]
     return Batch(
         size,
         batch * lines,

@@ -51,8 +51,8 @@ class _Tiles:
             result: tuple[Tensor, Tensor] = self._usual(query, key, value)  # it keeps NaN from the rows before it
             return result
         product: Any = torch.ops.mkldnn._linear_pointwise  # x @ w.T
-        out = torch.empty(query.shape, dtype=query.dtype)
-        lse = torch.empty(query.shape[:3], dtype=query.dtype)
+        out = torch.empty(query.shape, dtype=query.dtype, device="cpu")
+        lse = torch.empty(query.shape[:3], dtype=query.dtype, device="cpu")
         group = query.shape[1] // key.shape[1]
         for entry in range(query.shape[0]):
             for head in range(query.shape[1]):

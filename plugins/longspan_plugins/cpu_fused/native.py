@@ -85,8 +85,9 @@ class _Native:
         more = None if dlse is None else passed("dlse", dlse, torch.float32, shape[:3])
         drawn = None if dropout is None else _drawn(dropout, shape, key.shape)
         padded = -(-dim // self._lanes) * self._lanes
-        fresh = torch.empty if self._program.covered else torch.zeros
-        dquery = fresh(shape, dtype=self._dtype, device="cpu")
+        dquery = torch.empty(shape, dtype=self._dtype, device="cpu")
+        if not self._program.covered:
+            dquery.zero_()
         target = dquery, check_made(dquery, self._dtype), dquery.stride()
         threads = self._threads(shape, 5)
         shares = self._shares(min(-(-threads // max(1, batch * kv_heads)), max(1, len(self._program.tiles))))

@@ -154,7 +154,7 @@ def program_for(problem: Problem, library: Library) -> Program | None:
     else:
         return None
     parts = [_banded(span, before, after) for span in spans(problem)]
-    return assemble([parts], torch.zeros(problem.heads, dtype=torch.int64), _covers(problem))
+    return assemble([parts], torch.zeros(problem.heads, dtype=torch.int64, device="cpu"), _covers(problem))
 
 
 def _covers(problem: Problem) -> bool:
@@ -180,9 +180,9 @@ def assemble(programs: Iterable[list[Part]], of_head: Tensor, covered: bool, mas
             segment_count += len(part_segments)
         ranges.append((first, tile_count))
     return Program.of(
-        torch.cat(tiles) if tiles else torch.zeros(0, 6, dtype=torch.int64),
-        torch.cat(segments) if segments else torch.zeros(0, 9, dtype=torch.int64),
-        torch.tensor(ranges, dtype=torch.int64),
+        torch.cat(tiles) if tiles else torch.zeros(0, 6, dtype=torch.int64, device="cpu"),
+        torch.cat(segments) if segments else torch.zeros(0, 9, dtype=torch.int64, device="cpu"),
+        torch.tensor(ranges, dtype=torch.int64, device="cpu"),
         of_head,
         covered,
         masks,
@@ -193,18 +193,22 @@ def columns(*values: Tensor | int) -> Tensor:
     """Columns side by side; numbers are repeated."""
     rows = next(len(value) for value in values if isinstance(value, Tensor))
     return torch.stack(
-        [value if isinstance(value, Tensor) else torch.full((rows,), value, dtype=torch.int64) for value in values], 1
+        [
+            value if isinstance(value, Tensor) else torch.full((rows,), value, dtype=torch.int64, device="cpu")
+            for value in values
+        ],
+        1,
     )
 
 
 def _banded(span: Span, before: int, after: int) -> Part:
     """Contiguous tiles, each with the one run of keys that any of its rows may see."""
-    start = torch.arange(0, span.queries, TILE)
+    start = torch.arange(0, span.queries, TILE, dtype=torch.int64, device="cpu")
     count = (span.queries - start).clamp(max=TILE)
     position = start + span.first
     low = (position - before).clamp(min=0, max=span.keys) if before < FAR else torch.zeros_like(start)
     high = (position + count + after).clamp(max=span.keys) if after < FAR else torch.full_like(start, span.keys)
-    number = torch.arange(len(start))
+    number = torch.arange(len(start), dtype=torch.int64, device="cpu")
     tiles = columns(start + span.query_start, 1, count, position, number, number + 1)
     segments = columns(low + span.key_start, 1, (high - low).clamp(min=0), low, before, after, -1, 0, 0)
     return tiles, segments
@@ -219,7 +223,11 @@ Branch = tuple[int, int, int]
 def _dilated(problem: Problem, pattern: Dilated, library: Library) -> Program | None:
     """One softmax over all branches of a row: rows with the same branches and step are tiles of their own."""
     kinds: dict[tuple[Branch, ...], int] = {}
-    of_head = torch.tensor([kinds.setdefault(one, len(kinds)) for one in _branches_of_heads(pattern, problem.heads)])
+    of_head = torch.tensor(
+        [kinds.setdefault(one, len(kinds)) for one in _branches_of_heads(pattern, problem.heads)],
+        dtype=torch.int64,
+        device="cpu",
+    )
     period = lcm(*(r for branches in kinds for _, r, _ in branches))
     shortest = min(*pattern.segment_lengths, problem.kv_len)
     if (
@@ -229,7 +237,11 @@ def _dilated(problem: Problem, pattern: Dilated, library: Library) -> Program | 
         or len(pattern.segment_lengths) > MOST_BRANCHES
     ):
         return None
-    documents = torch.tensor([[s.query_start, s.key_start, s.first, s.queries, s.keys] for s in spans(problem)])
+    documents = torch.tensor(
+        [[s.query_start, s.key_start, s.first, s.queries, s.keys] for s in spans(problem)],
+        dtype=torch.int64,
+        device="cpu",
+    )
     listings = [library.dilated(branches, documents, problem.is_causal) for branches in kinds]
     tiles, segments = (Table.blank(sum(one[i] for one in listings), width) for i, width in ((0, 6), (1, 9)))
     ranges, first, base = [], 0, 0
@@ -239,7 +251,14 @@ def _dilated(problem: Problem, pattern: Dilated, library: Library) -> Program | 
         first, base = first + many, base + more
     covered = all(rows == problem.q_len for _, _, rows, _ in listings)
     keys = sum(keys for *_, keys in listings)
-    return Program(tiles, segments, Table.of(torch.tensor(ranges)), Table.of(of_head), covered, keys)
+    return Program(
+        tiles,
+        segments,
+        Table.of(torch.tensor(ranges, dtype=torch.int64, device="cpu")),
+        Table.of(of_head),
+        covered,
+        keys,
+    )
 
 
 def _branches_of_heads(pattern: Dilated, heads: int) -> Iterator[tuple[Branch, ...]]:

@@ -54,7 +54,9 @@ def share(program: Program, count: int) -> Shares:
         ranges = program.ranges.tensor().tolist()
         if count == 1:
             return Shares(
-                Table.of(torch.tensor(ranges).view(-1, 1, 2)), ((0, int(high.max()) if len(high) else 0),), None
+                Table.of(torch.tensor(ranges, dtype=torch.int64, device="cpu").view(-1, 1, 2)),
+                ((0, int(high.max()) if len(high) else 0),),
+                None,
             )
         cuts = [_cuts(work[first:last], count) for first, last in ranges]
         runs = [
@@ -73,13 +75,15 @@ def _tiles(program: Program) -> tuple[Tensor, Tensor, Tensor]:
     tiles, segments = program.tiles.tensor(), program.segments.tensor()
     first, last = tiles[:, 4], tiles[:, 5]
     many = last - first
-    tile = torch.repeat_interleave(torch.arange(len(tiles)), many)
-    place = torch.arange(len(tile)) - torch.repeat_interleave(many.cumsum(0) - many - first, many)
+    tile = torch.repeat_interleave(torch.arange(len(tiles), dtype=torch.int64, device="cpu"), many)
+    place = torch.arange(len(tile), dtype=torch.int64, device="cpu") - torch.repeat_interleave(
+        many.cumsum(0) - many - first, many
+    )
     mine = segments[place]
     ends = mine[:, 0] + (mine[:, 2] - 1) * mine[:, 1] + 1
-    work = tiles[:, 2] * torch.zeros(len(tiles), dtype=torch.int64).index_add_(0, tile, mine[:, 2])
-    low = torch.full((len(tiles),), 2**62).scatter_reduce_(0, tile, mine[:, 0], "amin")
-    high = torch.zeros(len(tiles), dtype=torch.int64).scatter_reduce_(0, tile, ends, "amax")
+    work = tiles[:, 2] * torch.zeros(len(tiles), dtype=torch.int64, device="cpu").index_add_(0, tile, mine[:, 2])
+    low = torch.full((len(tiles),), 2**62, dtype=torch.int64, device="cpu").scatter_reduce_(0, tile, mine[:, 0], "amin")
+    high = torch.zeros(len(tiles), dtype=torch.int64, device="cpu").scatter_reduce_(0, tile, ends, "amax")
     return work, low, high
 
 
@@ -87,7 +91,7 @@ def _cuts(work: Tensor, count: int) -> list[int]:
     """Where runs of about equal work begin and end."""
     done = work.cumsum(0)
     total = int(done[-1]) if len(done) else 0
-    wanted = torch.tensor([total * part // count for part in range(1, count)])
+    wanted = torch.tensor([total * part // count for part in range(1, count)], dtype=torch.int64, device="cpu")
     return [0, *torch.searchsorted(done, wanted).tolist(), len(work)]
 
 
@@ -116,4 +120,4 @@ def _apart(runs: Runs, keys: list[tuple[int, int]], low: Tensor) -> tuple[Runs, 
 
 
 def _table(runs: Runs) -> Table:
-    return Table.of(torch.tensor(runs, dtype=torch.int64).view(len(runs), -1, 2))
+    return Table.of(torch.tensor(runs, dtype=torch.int64, device="cpu").view(len(runs), -1, 2))

@@ -53,7 +53,7 @@ class Table:
     def tensor(self) -> Tensor:
         """The values, as a tensor of the caller's own."""
         if not self.data:
-            return torch.empty(self.shape, dtype=self.dtype)
+            return torch.empty(self.shape, dtype=self.dtype, device="cpu")
         return torch.frombuffer(bytearray(self.data), dtype=self.dtype).view(self.shape)
 
     def __len__(self) -> int:

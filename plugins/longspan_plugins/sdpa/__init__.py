@@ -102,7 +102,7 @@ def _efficient_backward(
     rows = query.shape[2]
     padded = lse.new_full((*lse.shape[:2], -(-rows // 32) * 32), torch.inf)
     padded[..., :rows] = lse
-    state = torch.zeros((), dtype=torch.int64)  # of the dropout generator; unread without dropout
+    state = torch.zeros((), dtype=torch.int64, device="cpu")  # of the dropout generator; unread without dropout
     kv_heads = key.shape[1]
     key, value = _repeated(query, key), _repeated(query, value)
     dquery, dkey, dvalue, _ = aten._scaled_dot_product_efficient_attention_backward(
