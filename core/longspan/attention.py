@@ -10,7 +10,8 @@ from torch import Tensor
 from longspan.autocast import follow_autocast
 from longspan.errors import ArgumentError, brief
 from longspan.foreign import unknown_argument
-from longspan.ops import attend_in_graph, in_graph
+from longspan.ops import attend_in_graph
+from longspan.ordinary import undisturbed
 from longspan.patterns import Dense, Pattern
 from longspan.planner import plan_for
 from longspan.policy import policy_text
@@ -127,11 +128,12 @@ def attention(
         raise ArgumentError("return_lse", brief(return_lse), "True or False")
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         query, key, value = follow_autocast(query, key, value)
-    if in_graph():
+    if not undisturbed(query, key, value):
         out, lse = attend_in_graph(
             query,
             key,
             value,
+            dropout_seed,
             pattern,
             is_causal,
             scale,
@@ -140,7 +142,6 @@ def attention(
             cu_seqlens,
             query_offset,
             policy_text(backend),
-            dropout_seed,
         )
     else:
         made = plan_for(

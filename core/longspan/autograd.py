@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -10,8 +11,12 @@ from torch.autograd import Function
 
 from longspan.dropout import Draw
 from longspan.errors import LongspanError
+from longspan.ordinary import undisturbed_gradient
 
-__all__ = ["Differentiable", "Runner"]
+__all__ = ["Differentiable", "Runner", "no_graph"]
+
+
+Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 class Runner(Protocol):
@@ -39,12 +44,18 @@ class Differentiable(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, runner: Runner, draw: Draw | None
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        runner: Runner,
+        draw: Draw | None,
+        in_graph: Callable[..., Gradients],
     ) -> tuple[Tensor, Tensor]:
-        """Run, and save what the backward needs."""
+        """Run, and save what the backward needs; `in_graph` is the backward for gradients that torch must dispatch."""
         out, lse = runner.forward(query, key, value, draw)
         ctx.save_for_backward(query, key, value, out, lse)
-        ctx.runner, ctx.draw = runner, draw
+        ctx.runner, ctx.draw, ctx.in_graph = runner, draw, in_graph
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -54,11 +65,26 @@ class Differentiable(Function):
         query, key, value, out, lse = ctx.saved_tensors
         with torch.no_grad():
             dout = torch.zeros_like(out) if dout is None else dout
-            grads = ctx.runner.backward(dout, query, key, value, out, lse, ctx.draw, dlse)
+            if undisturbed_gradient(dout, dlse, out):
+                grads = ctx.runner.backward(dout, query, key, value, out, lse, ctx.draw, dlse)
+            else:
+                grads = ctx.in_graph(ctx.draw, dout, dlse, query, key, value, out, lse)
         if torch.is_grad_enabled():  # create_graph=True
             last: Any = _Last.apply
             grads = last(query, key, value, dout, *grads)
-        return (*grads, None, None)
+        return (*grads, None, None, None)
+
+
+def no_graph(*_: Any) -> Gradients:
+    """The backward where no operator stands for the problem.
+
+    Raises:
+        LongspanError: always.
+    """
+    raise LongspanError(
+        "the gradient of attention with TopKBlocks: got one that torch traces, maps or wraps; want a plain tensor. "
+        "Next: run the forward in the same context too (torch.compile, torch.func, the dispatch mode)"
+    )
 
 
 class _Last(Function):

@@ -10,8 +10,6 @@ import torch
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from longspan.ops import by_operator
-
 __all__ = ["checkpoint"]
 
 P = ParamSpec("P")
@@ -30,10 +28,6 @@ def checkpoint(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R
         kwargs: its keyword arguments.
     """
 
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with by_operator():
-            return function(*args, **kwargs)
-
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         kept: Any = [torch.ops.longspan.attention.default]
         made: tuple[AbstractContextManager[Any], AbstractContextManager[Any]] = again(kept)
@@ -41,5 +35,5 @@ def checkpoint(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R
 
     again: Any = create_selective_checkpoint_contexts
     given: Any = kwargs
-    result: R = torch_checkpoint(run, *args, use_reentrant=False, context_fn=contexts, **given)
+    result: R = torch_checkpoint(function, *args, use_reentrant=False, context_fn=contexts, **given)
     return result

@@ -12,7 +12,7 @@ import torch
 from longspan.errors import ArgumentError, brief
 from longspan.patterns import Pattern
 
-__all__ = ["check_arguments", "check_boundaries", "check_inputs", "check_number", "check_pattern"]
+__all__ = ["check_arguments", "check_boundaries", "check_inputs", "check_number", "check_pattern", "check_strided"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -60,6 +60,15 @@ _EXAMPLES = {
 }
 
 
+def check_strided(name: str, tensor: object) -> None:
+    """Refuse what is no tensor, and tensors that are sparse, nested or in another library's layout."""
+    if not isinstance(tensor, torch.Tensor):
+        raise ArgumentError(name, type(tensor).__name__, "a torch.Tensor", f"torch.as_tensor({name})")
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_mkldnn:
+        kind = "a nested tensor" if tensor.is_nested else str(tensor.layout)
+        raise ArgumentError(name, kind, "a strided tensor (torch.strided)", "pass packed documents by cu_seqlens")
+
+
 def check_inputs(
     query: Any, key: Any, value: Any, *, cu_seqlens: object, query_offset: object, **switches: object
 ) -> dict[str, Any]:
@@ -69,11 +78,7 @@ def check_inputs(
     """
     named = {"query": query, "key": key, "value": value}
     for name, tensor in named.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise ArgumentError(name, type(tensor).__name__, "a torch.Tensor", f"torch.as_tensor({name})")
-        if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_mkldnn:
-            kind = "a nested tensor" if tensor.is_nested else str(tensor.layout)
-            raise ArgumentError(name, kind, "a strided tensor (torch.strided)", "pass packed documents by cu_seqlens")
+        check_strided(name, tensor)
         if tensor.dim() != 4:
             raise ArgumentError(name, f"shape {tuple(tensor.shape)}", "(batch, heads, seq, head_dim)", "add dimensions")
         if tensor.dtype not in _FLOATS:

@@ -1,15 +1,13 @@
-"""The operators that stand for attention in a traced graph: torch.compile, torch.export, functorch.
+"""The operators that stand for attention wherever torch dispatches: in graphs, under torch.func, under dispatch modes.
 
-Eager calls never enter them. An operator's arguments are values that a graph can hold: the pattern and the policy as
-text, the rest as numbers and tensors. The policy is read when the graph is traced, and the plan is made, or found, when
-the operator first meets real tensors.
+Ordinary eager calls never enter them: see `longspan.ordinary`. An operator's arguments are values that a graph can
+hold: the pattern and the policy as text, the rest as numbers and tensors. The policy is read when the graph is traced,
+and the plan is made, or found, when the operator first meets real tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -20,12 +18,18 @@ from torch.compiler import is_compiling
 
 from longspan.dropout import check_seed, signed
 from longspan.errors import ArgumentError
-from longspan.inputs import check_arguments
+from longspan.inputs import check_arguments, check_strided
+from longspan.ordinary import refuse_forward_mode, refuse_tangents
 from longspan.patterns import Pattern, decode
 from longspan.policy import in_force
 from longspan.tensors import wide_dtype
 
-__all__ = ["attend_in_graph", "by_operator", "find_plans_by", "in_graph"]
+__all__ = ["Operands", "attend_in_graph", "differentiate_in_graph", "find_plans_by"]
+
+
+Operands = tuple[Pattern, bool, float | None, float, bool, Tensor | tuple[int, ...] | None, int | None, str]
+"""Of an operator beside tensors and seed: pattern, is_causal, scale, dropout_p, enable_gqa, cu_seqlens, query_offset
+and policy."""
 
 
 class Found(Protocol):
@@ -49,7 +53,6 @@ class Found(Protocol):
         """`(dquery, dkey, dvalue)`."""
 
 
-_by_operator: ContextVar[bool] = ContextVar("longspan_by_operator", default=False)
 _find: Callable[..., Found] | None = None
 
 
@@ -181,6 +184,10 @@ class _Transformable(Function):
     setup_context = staticmethod(_setup_context)
 
     @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        refuse_forward_mode()
+
+    @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
         return _backward(ctx, dout, dlse, _TransformableBackward.apply)
 
@@ -197,6 +204,10 @@ class _TransformableBackward(Function):
         pass
 
     backward = staticmethod(_no_second_derivative)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        refuse_forward_mode()
 
 
 # vmap: the mapped dimension becomes part of the batch.
@@ -235,25 +246,11 @@ def _refuse_mapped(dims: tuple[int | None, ...]) -> None:
             raise ArgumentError(name, "a dimension mapped by vmap", "the same for all", "loop instead, or fix it")
 
 
-def in_graph() -> bool:
-    """Whether torch.compile, torch.export or functorch is looking on, or somebody asked for the operators."""
-    return is_compiling() or maybe_current_level() is not None or _by_operator.get()
-
-
-@contextmanager
-def by_operator() -> Iterator[None]:
-    """Enter the operators in eager code too, for what tells operators apart, such as selective checkpointing."""
-    token = _by_operator.set(True)
-    try:
-        yield
-    finally:
-        _by_operator.reset(token)
-
-
 def attend_in_graph(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    seed: int | None,
     pattern: Pattern,
     is_causal: bool,
     scale: float | None,
@@ -262,39 +259,66 @@ def attend_in_graph(
     cu_seqlens: Tensor | tuple[int, ...] | None,
     query_offset: int | None,
     policy: str,
-    seed: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """`(out, lse)` by the operator that a graph holds."""
+    """`(out, lse)` by the operator that a graph holds, and that torch dispatches.
+
+    Raises:
+        ArgumentError: an argument that can be told to be wrong without looking into the tensors.
+        ForwardModeError: a dual tensor.
+    """
+    if not is_compiling():
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            check_strided(name, tensor)
+    refuse_tangents(query, key, value)
     check_arguments(pattern, is_causal, enable_gqa, scale, dropout_p, cu_seqlens, query_offset)
     check_seed(seed)
-    words, numbers = pattern.code
-    boundaries = cu_seqlens
-    if boundaries is not None and not isinstance(boundaries, Tensor):
-        boundaries = torch.tensor(boundaries, dtype=torch.int64, device=query.device)
-    drawn = None
-    if dropout_p:
-        drawn = (
-            torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu")
-            if seed is None
-            else torch.tensor(signed(seed), dtype=torch.int64, device="cpu")
-        )
+    switches = is_causal, scale, dropout_p, enable_gqa, query_offset, policy
     attend: Any = _attention if maybe_current_level() is None else _Transformable.apply
     result: tuple[Tensor, Tensor] = attend(
-        query,
-        key,
-        value,
-        boundaries,
-        drawn,
-        words,
-        numbers,
-        is_causal,
-        scale,
-        dropout_p,
-        enable_gqa,
-        query_offset,
-        policy,
+        query, key, value, _boundaries(cu_seqlens, query), _seed(dropout_p, seed), *pattern.code, *switches
     )
     return result
+
+
+def differentiate_in_graph(
+    tensors: tuple[Tensor | None, ...],
+    seed: int,
+    pattern: Pattern,
+    is_causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    enable_gqa: bool,
+    cu_seqlens: Tensor | tuple[int, ...] | None,
+    query_offset: int | None,
+    policy: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(dquery, dkey, dvalue)` by the backward's operator, for gradients of a forward that ran without operators.
+
+    `tensors` are `dout, dlse, query, key, value, out, lse`; the second may be None.
+
+    Raises:
+        ForwardModeError: a dual gradient.
+    """
+    refuse_tangents(*tensors[:2])
+    boundaries, drawn = _boundaries(cu_seqlens, tensors[2]), _seed(dropout_p, seed)
+    switches = is_causal, scale, dropout_p, enable_gqa, query_offset, policy
+    differentiate: Any = _attention_backward if maybe_current_level() is None else _TransformableBackward.apply
+    result: tuple[Tensor, Tensor, Tensor] = differentiate(*tensors, boundaries, drawn, *pattern.code, *switches)
+    return result
+
+
+def _boundaries(cu_seqlens: Tensor | tuple[int, ...] | None, query: Any) -> Tensor | None:
+    if cu_seqlens is None or isinstance(cu_seqlens, Tensor):
+        return cu_seqlens
+    return torch.tensor(cu_seqlens, dtype=torch.int64, device=query.device)
+
+
+def _seed(dropout_p: float, seed: int | None) -> Tensor | None:
+    if not dropout_p:
+        return None
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu")
+    return torch.tensor(signed(seed), dtype=torch.int64, device="cpu")
 
 
 def _empty(tensor: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from longspan.contract import note_kernel
 from longspan.dropout import Draw, check_seed, draw_seed
 from longspan.errors import ArgumentError
 from longspan.explain import check_problem, explain
-from longspan.ops import attend_in_graph, in_graph
+from longspan.ops import Operands, attend_in_graph, differentiate_in_graph
+from longspan.ordinary import undisturbed
 from longspan.policy import Policy
 from longspan.resolve import demand
 from longspan.runners import make_runner
@@ -108,21 +109,8 @@ class Plan:
             right = False
         if not right:
             query, key, value = self._check(*follow_autocast(query, key, value))
-        if in_graph():
-            return attend_in_graph(
-                query,
-                key,
-                value,
-                self.problem.pattern,
-                self.problem.is_causal,
-                self.problem.scale,
-                self.problem.dropout_p,
-                self.problem.kv_heads != self.problem.heads,
-                self.problem.documents,
-                self.problem.query_offset,
-                self._policy,
-                dropout_seed,
-            )
+        if not undisturbed(query, key, value):
+            return attend_in_graph(query, key, value, dropout_seed, *self._operands())
         return self.run(query, key, value, dropout_seed)
 
     def run(self, query: Tensor, key: Tensor, value: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
@@ -136,7 +124,7 @@ class Plan:
             return self._runner.attend(query, key, value, draw)
         if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
             apply: Any = Differentiable.apply
-            out, lse = apply(query, key, value, self._runner, draw)
+            out, lse = apply(query, key, value, self._runner, draw, self._differentiate_in_graph)
             return out, lse
         if (
             self._quick is not None
@@ -185,6 +173,24 @@ class Plan:
         self._check_results(dout, query, out, lse, dlse)
         draw = Draw(self.problem.dropout_p, seed, self.problem.query_offset) if self.problem.dropout_p else None
         return self._runner.backward(dout, query, key, value, out, lse, draw, dlse)
+
+    def _differentiate_in_graph(self, draw: Draw | None, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The backward by its operator."""
+        return differentiate_in_graph(tensors, 0 if draw is None else draw.seed, *self._operands())
+
+    def _operands(self) -> Operands:
+        """What the operators are told of the problem and of the backend."""
+        problem = self.problem
+        return (
+            problem.pattern,
+            problem.is_causal,
+            problem.scale,
+            problem.dropout_p,
+            problem.kv_heads != problem.heads,
+            problem.documents,
+            problem.query_offset,
+            self._policy,
+        )
 
     def verify(self) -> Verification:
         """Run once on random inputs under the profiler, and compare the operators that ran with those claimed.

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from longspan.autograd import Runner
+from longspan.autograd import Runner, no_graph
 from longspan.dropout import Draw
 from longspan.merge import merge_
+from longspan.ordinary import undisturbed_gradient
 from longspan.tensors import wide_dtype
 from longspan.topk_scoring import BlockScoring
 
@@ -85,6 +86,8 @@ class Scored(Function):
         """Of query, key, value and bias."""
         query, key, value, bias, out, lse = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
+        if not undisturbed_gradient(dout, dlse, out):
+            no_graph()
         tensors, draw = (query, key, value), ctx.draw
         wide = lse.dtype
         held = (dout.to(wide) * out).sum(-1)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.autograd import Differentiable, Runner
+from longspan.autograd import Differentiable, Runner, no_graph
 from longspan.block_sparse import BlockSparse
 from longspan.dropout import Draw
 from longspan.spec import Problem
@@ -118,7 +118,7 @@ class ChoosingRunner(Runner):
         runner = self._make(self._posed(part, part.layouts))
         if records:
             apply: Any = Differentiable.apply
-            out, lse = apply(*tensors, runner, draw)
+            out, lse = apply(*tensors, runner, draw, no_graph)
             return out, lse
         result: tuple[Tensor, Tensor] = runner.forward(*tensors, draw)
         return result
