@@ -7,6 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from longspan import policy
 from longspan.autocast import follow_autocast
 from longspan.errors import ArgumentError, brief
 from longspan.foreign import unknown_argument
@@ -14,7 +15,7 @@ from longspan.ops import attend_in_graph
 from longspan.ordinary import undisturbed
 from longspan.patterns import Dense, Pattern
 from longspan.planner import plan_for
-from longspan.policy import policy_text
+from longspan.policy import with_backend
 
 __all__ = ["attention"]
 
@@ -141,7 +142,7 @@ def attention(
             enable_gqa,
             cu_seqlens,
             query_offset,
-            policy_text(backend),
+            with_backend(backend, policy.text),
         )
     else:
         made = plan_for(

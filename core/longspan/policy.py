@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any, ParamSpec, TypeVar, cast
 
 from attrs import evolve, frozen
 
 from longspan.errors import PolicyError
 
-__all__ = ["Policy", "current", "fingerprint", "flag", "in_force", "is_name", "names", "policy_text", "use"]
+__all__ = [
+    "Policy",
+    "current",
+    "fingerprint",
+    "flag",
+    "in_force",
+    "is_name",
+    "names",
+    "use",
+    "with_backend",
+]
 
 
 @frozen
@@ -34,9 +45,8 @@ class Policy:
 
     @property
     def text(self) -> str:
-        """All fields as text; `in_force` reads it back."""
-        lists = ",".join(self.prefer), ",".join(self.block)
-        return "|".join((self.backend or "", self.backend_from, lists[0], self.prefer_from, lists[1]))
+        """All fields as text, for a graph to hold; `in_force` reads it back."""
+        return json.dumps([self.backend, self.backend_from, self.prefer, self.prefer_from, self.block])
 
 
 AUTO = "auto"
@@ -51,6 +61,10 @@ _outer: ContextVar[tuple[Policy, ...]] = ContextVar("longspan_outer_policies", d
 
 class use:
     """Set the policy for a `with` block, or for a function as a decorator. Per thread and per async task.
+
+    What torch.compile made is bound to the policy that it was traced under, and is traced anew where another is in
+    force; a block inside the compiled function breaks the graph there, so put it around. Graphs of torch.export and
+    AOTInductor keep, for good, the policy that was in force when they were made.
 
     Args:
         backend: exactly this backend; an error where it does not fit. The inner of two nested blocks wins. "auto" is
@@ -162,25 +176,40 @@ def current(backend: str | None = None, environ: Mapping[str, str] | None = None
     return policy
 
 
-def policy_text(backend: str | None = None) -> str:
-    """The policy in force as text, for a graph to hold; a tracer takes it as a constant. `in_force` reads it back.
+@lru_cache(maxsize=64)
+def _text_of(_: tuple[object, ...]) -> str:
+    """The text of the policy in force, whose fingerprint this is."""
+    return current().text
+
+
+def __getattr__(name: str) -> str:
+    """`policy.text`: the policy in force as text.
+
+    An attribute of the module, and not a function, because torch.compile guards on what it reads from a module: the
+    guard asks here again before each run of the compiled code, in the thread and task of that run. Where the answer is
+    another one, the function is traced anew, or an earlier trace of it under that policy runs.
 
     Raises:
         PolicyError: an environment variable that cannot be read.
     """
-    return current(backend).text
+    if name == "text":
+        return _text_of(fingerprint())
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# What `torch.compiler.assume_constant_result` sets; to call that would import the compiler, in eager programs too.
-policy_text._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def with_backend(backend: str | None, text: str) -> str:
+    """The policy of `text`, but for a backend that is named by argument, in code that a tracer follows."""
+    named = _name(backend)
+    return text if named is None else f"{named}\n{text}"
 
 
 @contextmanager
 def in_force(text: str) -> Iterator[None]:
-    """Set the policy that `policy_text` gave, in place of any other."""
-    backend, backend_from, prefer, prefer_from, block = text.split("|")
-    lists = (tuple(filter(None, prefer.split(","))), tuple(filter(None, block.split(","))))
-    token = _context.set(Policy(backend or None, backend_from, lists[0], prefer_from, lists[1], settled=True))
+    """Set the policy of a text (`Policy.text`, or `with_backend` of one), in place of any other."""
+    argument, _, rest = text.rpartition("\n")
+    backend, backend_from, prefer, prefer_from, block = json.loads(rest)
+    policy = Policy(backend, backend_from, tuple(prefer), prefer_from, tuple(block), settled=True)
+    token = _context.set(evolve(policy, backend=argument, backend_from="argument") if argument else policy)
     try:
         yield
     finally:

@@ -6,10 +6,13 @@ used where its own code could matter, and skipped where there is no C++ compiler
 
 from __future__ import annotations
 
+import asyncio
 import io
 import operator
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -19,7 +22,8 @@ from torch.export import Dim, export
 
 import longspan as ls
 import small
-from longspan import Capabilities, blockwise, hookimpl
+from longspan import Capabilities, Kernel, blockwise, hookimpl
+from longspan.policy import Policy
 from small import assert_same, randn
 
 qkv = partial(small.qkv, grad=True)
@@ -398,12 +402,15 @@ def test_calls_with_the_same_shapes_compile_once():
 class Spy:
     """Counts its launches."""
 
-    def __init__(self):
-        self.launches = 0
+    def __init__(self, backward=False):
+        self.launches = self.backwards = 0
+        self.backward = backward
 
     @hookimpl
     def longspan_capabilities(self):
-        return Capabilities(devices=("cpu",), dtypes=("float64",), patterns=("dense",), causal=True)
+        return Capabilities(
+            devices=("cpu",), dtypes=("float64",), patterns=("dense",), causal=True, backward=self.backward
+        )
 
     @hookimpl
     def longspan_kernel(self, problem):
@@ -411,37 +418,168 @@ class Spy:
             self.launches += 1
             return blockwise.forward(q, k, v, is_causal=problem.is_causal, scale=problem.scale)
 
-        return forward
+        def backward(*tensors):
+            self.backwards += 1
+            return blockwise.backward(*tensors, is_causal=problem.is_causal, scale=problem.scale)
+
+        return Kernel(forward, backward) if self.backward else forward
 
 
 @pytest.mark.parametrize("how", ["argument", "context", "prefer", "environment", "decorator"])
-def test_the_policy_is_that_of_the_tracing(register, monkeypatch, how):
-    """It is read when the graph is traced; later runs of the graph do not ask again."""
+def test_the_policy_in_force_is_honoured_before_and_after_the_tracing(register, monkeypatch, how):
+    """Each policy has a trace of its own, and finds it again."""
     spy = Spy()
     register(spy, "test-spy")
     tensors = qkv(grad=False)
     given = {"backend": "test-spy"} if how == "argument" else {}
-    compiled = whole(lambda q, k, v: ls.attention(q, k, v, is_causal=True, **given))
-    if how == "context":
-        with ls.use(backend="test-spy"):
+    compiled, counter = counted(lambda q, k, v: ls.attention(q, k, v, is_causal=True, **given))
+
+    def launches():
+        before = spy.launches
+        if how == "context":
+            with ls.use(backend="test-spy"):
+                compiled(*tensors)
+        elif how == "prefer":
+            with ls.use(prefer=("test-spy",)):
+                compiled(*tensors)
+        elif how == "environment":
+            with monkeypatch.context() as patch:
+                patch.setenv("LONGSPAN_BACKEND", "test-spy")
+                compiled(*tensors)
+        elif how == "decorator":
+            ls.use(backend="test-spy")(compiled)(*tensors)
+        else:
             compiled(*tensors)
-    elif how == "prefer":
-        with ls.use(prefer=("test-spy",)):
-            compiled(*tensors)
-    elif how == "environment":
-        monkeypatch.setenv("LONGSPAN_BACKEND", "test-spy")
-        compiled(*tensors)
-        monkeypatch.delenv("LONGSPAN_BACKEND")
-    elif how == "decorator":
-        ls.use(backend="test-spy")(compiled)(*tensors)
-    else:
-        compiled(*tensors)
-    assert spy.launches == 1, "the policy was not honoured"
+        return spy.launches - before
+
+    assert launches() == 1, "the policy was not honoured"
+    before = spy.launches
     with ls.use(backend="reference"):
         compiled(*tensors)
-    assert spy.launches == 2, "the traced graph asked for the policy again"
-    ls.attention(*tensors)
-    assert spy.launches == 2, "the policy outlived its block"
+    assert spy.launches - before == (how == "argument"), "an earlier policy was in force"
+    assert launches() == 1, "a later policy was in force"
+    assert counter.frame_count == 2
+
+
+def elsewhere(way, function):
+    """Run it in another thread, or in an async task of its own; whatever it raises is raised here."""
+    if way == "thread":
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(function).result()
+
+    async def run():
+        return function()
+
+    return asyncio.run(run())
+
+
+POLICIES = {
+    "context": lambda patch: ls.use(backend="no-such"),
+    "block": lambda patch: ls.use(block=("test-spy",)),
+    "LONGSPAN_BACKEND": lambda patch: patch.setenv("LONGSPAN_BACKEND", "no-such"),
+    "LONGSPAN_BLOCK": lambda patch: patch.setenv("LONGSPAN_BLOCK", "test-spy"),
+    "unreadable": lambda patch: patch.setenv("LONGSPAN_PREFER", "a b"),
+}
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize("named", [None, "test-spy"], ids=["auto", "by argument"])
+@pytest.mark.parametrize("name", POLICIES)
+def test_what_eager_code_refuses_compiled_code_refuses_too(register, monkeypatch, name, named, fullgraph):
+    register(Spy(), "test-spy")
+    tensors = qkv(grad=False)
+
+    def attend(q, k, v):
+        return ls.attention(q, k, v, backend=named)
+
+    def outcome(function):
+        with monkeypatch.context() as patch, POLICIES[name](patch) or nullcontext():
+            return refusal(function, *tensors)
+
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=fullgraph)
+    compiled(*tensors)
+    eager, found = outcome(attend), outcome(compiled)
+    assert (eager is None) == (found is None), (eager, found)
+    if eager is not None:
+        assert isinstance(found, type(eager)) or str(eager) in str(found)
+    compiled(*tensors)
+
+
+@pytest.mark.parametrize("way", ["thread", "task"])
+def test_the_policy_is_that_of_the_thread_and_the_task(register, way):
+    spy = Spy()
+    register(spy, "test-spy")
+    tensors = qkv(grad=False)
+    compiled = whole(lambda q, k, v: ls.attention(q, k, v))
+
+    def named():
+        with ls.use(backend="test-spy"):
+            return compiled(*tensors)
+
+    compiled(*tensors)
+    elsewhere(way, named)
+    assert spy.launches == 1
+    with ls.use(backend="test-spy"):
+        compiled(*tensors)
+        assert spy.launches == 2
+        if way == "thread":  # a task starts with the policy of who made it
+            elsewhere(way, lambda: compiled(*tensors))
+            assert spy.launches == 2
+
+
+def test_two_functions_with_blocks_of_their_own(register):
+    """Each `use` inside breaks its graph, and what is compiled behind the break is shared: not so the answer."""
+    spies = {name: Spy() for name in ("test-one", "test-two")}
+    for name, spy in spies.items():
+        register(spy, name)
+
+    def one(q, k, v):
+        with ls.use(backend="test-one"):
+            return ls.attention(q, k, v)
+
+    def two(q, k, v):
+        with ls.use(backend="test-two"):
+            return ls.attention(q, k, v)
+
+    compiled = [torch.compile(function, backend="aot_eager") for function in (one, two)]
+    for round_ in range(1, 3):
+        for function in compiled:
+            function(*qkv(grad=False))
+        assert [spy.launches for spy in spies.values()] == [round_, round_]
+
+
+def test_the_backward_keeps_the_forwards_policy(register):
+    """Whatever is in force when the backward runs, and in whichever thread."""
+    spy = Spy(backward=True)
+    register(spy, "test-spy")
+    tensors = qkv()
+    compiled = whole(lambda q, k, v: ls.attention(q, k, v))
+    with ls.use(backend="test-spy"):
+        out = compiled(*tensors)
+    with ls.use(backend="reference"):
+        elsewhere("thread", lambda: torch.autograd.grad(out.sum(), tensors))
+    assert (spy.launches, spy.backwards) == (1, 1)
+
+
+@pytest.mark.parametrize("name", ["a|b", "a,b", 'a"b', "a\nb"])
+def test_names_that_nobody_could_register_are_refused_in_a_graph_as_ever(name):
+    compiled, tensors = whole(lambda q, k, v: ls.attention(q, k, v)), qkv(grad=False)
+    for options in ({"backend": name}, {"prefer": (name,)}):
+        with ls.use(**options), pytest.raises(ls.UnknownBackend):
+            compiled(*tensors)
+    with pytest.raises(ls.UnknownBackend):
+        whole(lambda q, k, v: ls.attention(q, k, v, backend=name))(*tensors)
+
+
+def test_an_exported_graph_keeps_the_policy_of_its_making(register):
+    spy = Spy()
+    register(spy, "test-spy")
+    tensors = tuple(qkv(grad=False))
+    with ls.use(backend="test-spy"):
+        exported = export(Attend(), tensors)
+    with ls.use(backend="reference"):
+        exported.module()(*tensors)
+    assert spy.launches > 0
 
 
 def test_a_blocked_backend_is_not_used_in_a_graph(register):
@@ -613,7 +751,7 @@ def operator_inputs(case):
         given.get("cu_seqlens"), given.get("seed"), *ls.parse_pattern(given.get("pattern", "dense")).code,
         given.get("is_causal", False),
         given.get("scale"), given.get("dropout_p", 0.0), given.get("enable_gqa", False), given.get("query_offset"),
-        "|auto||auto|",
+        Policy().text,
     )  # fmt: skip
     return q, k, v, rest
 

@@ -7,9 +7,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
-
-from longspan.policy import policy_text
 
 PROGRAM = """
 import json, sys
@@ -38,14 +35,3 @@ def test_the_import_leaves_the_compiler_out(brought):
 def test_the_import_leaves_the_command_line_and_the_tests_tools_out(brought):
     heavy = {"typer", "rich", "pytest", "hypothesis", "longspan.cli", "longspan_plugins"}
     assert heavy & set(brought) == set()
-
-
-def test_the_policy_is_marked_as_torch_marks_what_a_tracer_takes_as_a_constant():
-    """The mark is set by hand, as torch's own function imports the compiler: it has to stay the same mark."""
-
-    @torch.compiler.assume_constant_result
-    def marked():
-        return ""
-
-    assert vars(marked).items() <= vars(policy_text).items()
-    assert vars(marked), "torch marks the function itself"
