@@ -13,7 +13,7 @@ with _warnings.catch_warnings():  # torch says so on import where NumPy is missi
     _warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     import torch as _torch  # noqa: F401
 
-from longspan import blockwise, containment
+from longspan import blockwise, compiled, containment
 from longspan.arena import ArenaStats, BufferArena
 from longspan.attention import attention
 from longspan.block_builders import (
@@ -135,6 +135,7 @@ __all__ = [
     "buffer_arena",
     "cache_folder",
     "checkpoint",
+    "compiled",
     "dilated_blocks",
     "explain",
     "from_block_mask",

@@ -1,6 +1,7 @@
 """What was measured on this machine: `longspan bench --profile` stores it, and the resolver prefers it to tiers.
 
-One file a device kind in the cache folder. A profile of another processor, torch or longspan is not used.
+One file a device kind in the cache folder. A profile of another processor, torch or longspan is not used, nor one that
+is damaged or that others may have written; which and why is said in a warning, and by `longspan doctor`.
 """
 
 from __future__ import annotations
@@ -8,20 +9,26 @@ from __future__ import annotations
 import json
 import math
 import platform
+import shlex
 from collections.abc import Iterable
+from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 from attrs import asdict, frozen
 
-from longspan.errors import LongspanError
-from longspan.folders import cache_folder
+from longspan.errors import LongspanError, warn_caller
+from longspan.folders import Unused, cache_folder, make_folder, read_own, why_unread, write_whole
 from longspan.spec import Problem
 
-__all__ = ["Measure", "Profile", "current_profile", "forget_profiles", "machine_name", "profile_path"]
+__all__ = ["Measure", "Profile", "current_profile", "forget_profiles", "machine_name", "profile_path", "survey"]
 
-VERSION = 1
+VERSION = 2
+MOST = 2**22
+"""Bytes that a profile may have; those of `longspan bench --profile` take some ten thousand."""
+AGAIN = "longspan bench --profile"
 
 
 @frozen
@@ -72,14 +79,14 @@ class Profile:
         Raises:
             LongspanError: the folder cannot be written.
         """
-        path = profile_path(self.device)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = path.with_suffix(".part")
-            scratch.write_text(json.dumps({"version": VERSION, **asdict(self)}, indent=1))
-            scratch.replace(path)
-        except OSError as error:
-            raise LongspanError(f"{path}: {error}. Next: set LONGSPAN_CACHE to a folder that can be written") from error
+            path = profile_path(self.device)
+            make_folder(path.parent)
+            held = {"version": VERSION, **asdict(self)}
+            write_whole(path, json.dumps({**held, "digest": _digest(held)}, indent=1).encode())
+        except (OSError, RuntimeError) as error:
+            what = f"the profile of {self.device}: {error}"
+            raise LongspanError(f"{what}. Next: set LONGSPAN_CACHE to a folder that can be written") from error
         forget_profiles()
         return path
 
@@ -105,8 +112,20 @@ _kept: dict[str, Profile | None] = {}
 def current_profile(device: str) -> Profile | None:
     """The profile of this machine's device, read once a process; None where there is none that fits."""
     if device not in _kept:
-        _kept[device] = _read(profile_path(device))
+        _kept[device] = _found(device)
     return _kept[device]
+
+
+def _found(device: str) -> Profile | None:
+    try:
+        path = profile_path(device)
+        return _read(path, device)
+    except (FileNotFoundError, RuntimeError):  # none, and no home directory either
+        return None
+    except (OSError, _Refused) as error:
+        again = AGAIN if device == "cpu" else f"{AGAIN} --device cuda"
+        warn_caller(f"{path} {_why(error)}: it is not used. Next: {again}, or delete the file", UserWarning)
+        return None
 
 
 def forget_profiles(devices: Iterable[str] | None = None) -> None:
@@ -115,14 +134,110 @@ def forget_profiles(devices: Iterable[str] | None = None) -> None:
         _kept.pop(device, None)
 
 
-def _read(path: Path) -> Profile | None:
+def survey() -> tuple[Unused, ...]:
+    """The profiles that are not used, for the doctor."""
+    found = []
+    with suppress(OSError, RuntimeError):
+        for path in sorted(cache_folder("profile").glob("*.json")):
+            try:
+                _read(path, path.stem)
+            except FileNotFoundError:
+                continue
+            except (OSError, _Refused) as error:
+                lines = f"rm {shlex.quote(str(path))}"
+                broken = not isinstance(error, _Foreign)
+                found.append(Unused(str(path), f"{_why(error)}: it is not used", lines, broken))
+    return tuple(found)
+
+
+# ----------------------------------------------------------------------------------------------------------- reading
+
+
+class _Refused(Exception):
+    """Not a profile that may be used: why, as the end of a sentence about the file."""
+
+
+class _Foreign(_Refused):
+    """A sound one, of another machine or release."""
+
+
+def _why(error: Exception) -> str:
+    return why_unread(error) if isinstance(error, OSError) else str(error)
+
+
+def _read(path: Path, device: str) -> Profile:
+    """The profile in a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: it cannot be read, or is not the user's own.
+        _Refused: it is damaged, or measured elsewhere.
+    """
     try:
-        held: dict[str, Any] = json.loads(path.read_text())
-        if held.pop("version") != VERSION:
-            return None
-        measures = tuple(Measure(**one) for one in held.pop("measures"))
-        found = Profile(measures=measures, **held)
-        here = (machine_name(), torch.__version__)
-        return found if (found.machine, found.torch) == here else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or not one of ours: the table serves
-        return None
+        held = json.loads(read_own(path, MOST))
+    except (ValueError, RecursionError) as error:
+        raise _Refused(f"is damaged ({type(error).__name__}: {str(error)[:200]})") from error
+    if not isinstance(held, dict) or type(held.get("version")) is not int:
+        raise _Refused("is damaged, or no profile")
+    if held["version"] != VERSION:
+        raise _Foreign(f"is in form {held['version']}, and this longspan reads form {VERSION}")
+    try:
+        if held.pop("digest", None) != _digest(held):
+            raise _Refused("is damaged, or was changed: its content has another digest")
+        found = _profile(held)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise _Refused(f"is damaged ({type(error).__name__}: {str(error)[:200]})") from error
+    for what, got, want in (
+        ("device", found.device, device),
+        ("machine", found.machine, machine_name()),
+        ("torch", found.torch, str(torch.__version__)),
+    ):
+        if got != want:
+            raise _Foreign(f"was measured with another {what} ({got!r}; here is {want!r})")
+    return found
+
+
+def _digest(held: dict[str, Any]) -> str:
+    return sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
+
+
+def _profile(held: dict[str, Any]) -> Profile:
+    """A profile of these values, each of which is what it has to be.
+
+    Raises:
+        KeyError, TypeError, ValueError: one is not.
+    """
+    measures, peaks, pays = held.pop("measures"), held.pop("peaks"), held.pop("workspace_threshold")
+    del held["version"]
+    return Profile(
+        measures=tuple(_measure(dict(_of(dict, one))) for one in _of(list, measures)),
+        peaks={_of(str, name): _number(rate) for name, rate in _of(dict, peaks).items()},
+        workspace_threshold=None if pays is None else _count(pays),
+        bandwidth=_number(held.pop("bandwidth")),
+        threads=_count(held.pop("threads")),
+        **{name: _of(str, value) for name, value in held.items()},
+    )
+
+
+def _measure(held: dict[str, Any]) -> Measure:
+    tokens, forward, backward = _count(held.pop("tokens")), _number(held.pop("forward")), _number(held.pop("backward"))
+    texts = {name: _of(str, value) for name, value in held.items()}
+    return Measure(**texts, tokens=tokens, forward=forward, backward=backward)
+
+
+def _of(kind: type[Any], value: Any) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"{str(value)[:50]!r} is no {kind.__name__}")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 <= value < 1e300:
+        raise ValueError(f"{str(value)[:50]!r} is no number from 0 on")
+    return float(value)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 < value < 2**63:
+        raise ValueError(f"{str(value)[:50]!r} is no count")
+    return value

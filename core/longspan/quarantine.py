@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from attrs import asdict, frozen
 
+from longspan.folders import cache_folder, make_folder
 from longspan.policy import is_name
 
 __all__ = ["Crash", "Watch", "crashes", "directory", "release"]
@@ -115,7 +116,7 @@ class Watch:
         try:
             self._file, self._path = tempfile.mkstemp(IMPORTING, prefix, folder)
         except FileNotFoundError:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folder(folder)
             self._file, self._path = tempfile.mkstemp(IMPORTING, prefix, folder)
         _open.add(self)
 
@@ -131,17 +132,12 @@ def _close() -> None:
 
 
 def directory() -> Path:
-    """Where the files are: `quarantine` in `$LONGSPAN_CACHE`, `$XDG_CACHE_HOME/longspan` or `~/.cache/longspan`.
+    """Where the files are: `quarantine` in the cache folder.
 
     Raises:
         RuntimeError: there is no home directory.
     """
-    if own := os.environ.get("LONGSPAN_CACHE", "").strip():
-        return Path(own).expanduser().absolute() / "quarantine"
-    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # A relative path is invalid there, and to be ignored (XDG Base Directory Specification).
-    cache = shared if shared.is_absolute() else Path.home() / ".cache"
-    return cache / "longspan" / "quarantine"
+    return cache_folder("quarantine")
 
 
 def crashes() -> tuple[Crash, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -30,3 +32,17 @@ def register():
     yield add
     for name in reversed(names):
         ls.unregister(name)
+
+
+@pytest.fixture
+def give_away(monkeypatch):
+    """`give_away(path)`: it belongs to another user from then on, or seems to where that takes root."""
+
+    def give(path):
+        try:
+            os.chown(path, 4242, -1)
+        except PermissionError:
+            another = os.geteuid() + 1
+            monkeypatch.setattr(os, "geteuid", lambda: another)
+
+    return give

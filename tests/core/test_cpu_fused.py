@@ -477,35 +477,6 @@ def made(folder):
 
 
 @NATIVE
-def test_damaged_libraries_are_built_again(tmp_path, monkeypatch):
-    monkeypatch.setenv("LONGSPAN_CACHE", str(tmp_path))
-    assert library.load.__wrapped__().handle
-    (path,) = made(tmp_path)
-    whole = path.read_bytes()
-    for number, damaged in enumerate((whole[: len(whole) // 2], bytes(len(whole)))):
-        other = tmp_path / str(number)  # a file that is loaded already would not be read again
-        monkeypatch.setenv("LONGSPAN_CACHE", str(other))
-        (other / "cpu_fused").mkdir(parents=True)
-        (other / "cpu_fused" / path.name).write_bytes(damaged)
-        assert library.load.__wrapped__().handle
-        assert [found.read_bytes() == whole for found in made(other)] == [True]
-
-
-@NATIVE
-def test_without_a_folder_to_keep_it_in_the_library_is_built_all_the_same(tmp_path, monkeypatch):
-    taken = tmp_path / "a file"
-    taken.write_text("")
-    monkeypatch.setenv("LONGSPAN_CACHE", str(taken))
-    assert library.load.__wrapped__().handle
-
-    def nowhere(name):
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(library, "cache_folder", nowhere)
-    assert library.load.__wrapped__().handle
-
-
-@NATIVE
 def test_the_compiler_may_have_arguments_and_spaces(tmp_path, monkeypatch):
     usual = library.compiler()[0]
     spaced = tmp_path / "a folder" / "my compiler"

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import random
+import re
+import warnings
 
 import pytest
 import torch
-from attrs import evolve
+from attrs import asdict, evolve, fields
 
 import longspan as ls
 from longspan.bench.buffers import threshold
 from longspan.bench.peaks import bandwidth, product_peak
 from longspan.bench.profiling import make_profile
 from longspan.defaults import buffer_arena
-from longspan.profile import Measure, Profile, current_profile, forget_profiles, machine_name, profile_path
+from longspan.profile import (
+    MOST,
+    VERSION,
+    Measure,
+    Profile,
+    _digest,
+    current_profile,
+    forget_profiles,
+    machine_name,
+    profile_path,
+    survey,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -66,23 +82,160 @@ def test_the_nearest_length_and_the_backward_count():
     assert profile.seconds(problem(pattern=ls.SlidingWindow(3))) == {}
 
 
+def refused(why):
+    """No profile, said in one warning that names the file, by the doctor too; and every plan is made."""
+    path = str(profile_path("cpu"))
+    forget_profiles()
+    with pytest.warns(UserWarning, match=why) as heard:
+        assert current_profile("cpu") is None
+        assert ls.explain(problem()).chosen == "cpu_fused"
+    assert [path in str(one.message) and "Next: " in str(one.message) for one in heard] == [True]
+    (found,) = survey()
+    assert found.path == path and re.search(why, found.why) and found.fix == f"rm {path}"
+    return found
+
+
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"version": 1}', '{"version": 99}', '{"version": 1, "measures": [3]}', "\x00"]
-)
+    "text",
+    [
+        "", "{", "[]", "{}", '{"version": 1', '{"version": true}', '{"version": 2, "measures": [3]}', "\x00",
+        "[" * 10**5, '{"version": 2, "digest": ' + "9" * 5000 + "}", '"' + "x" * MOST + '"',
+    ],
+)  # fmt: skip
 def test_a_file_that_is_no_profile_is_no_profile(text):
     profile_path("cpu").parent.mkdir(parents=True)
     profile_path("cpu").write_text(text)
-    assert current_profile("cpu") is None
-    assert ls.explain(problem()).chosen == "cpu_fused"
+    assert refused("damaged|larger").broken
 
 
-@pytest.mark.parametrize("field", ["machine", "torch"])
+def test_a_folder_or_a_pipe_in_its_place_is_no_profile():
+    profile_path("cpu").parent.mkdir(parents=True)
+    os.mkfifo(profile_path("cpu"))
+    assert refused("is no file").broken
+    profile_path("cpu").unlink()
+    profile_path("cpu").mkdir()
+    assert refused("is no file").broken
+
+
+@pytest.mark.parametrize("field", ["machine", "torch", "device"])
 def test_another_machines_profile_is_not_used(field):
     path = measured(sdpa=1e-3).save()
-    held = json.loads(path.read_text())
-    path.write_text(json.dumps({**held, field: "another"}))
+    evolved = evolve(measured(sdpa=1e-3), **{field: "another"})
+    evolved.save().replace(path)
+    assert not refused(f"measured with another {field} .'another'; here is").broken
+
+
+def test_a_profile_of_another_form_is_not_used():
+    path = measured(sdpa=1e-3).save()
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 1}))
+    assert not refused("form 1").broken
+
+
+def test_a_profile_that_others_may_have_written_is_not_used(give_away):
+    path = measured(sdpa=1e-3).save()
+    path.chmod(0o666)
+    assert refused("may be written to by others .mode 0666").broken
+    path.chmod(0o644)
     forget_profiles()
-    assert current_profile("cpu") is None
+    assert current_profile("cpu") is not None
+    give_away(path)
+    assert refused("belongs to another user").broken
+
+
+WRONG = (
+    0, -1, 1.5, None, True, "", "x", [], {}, [[]], [None], {"a": None}, 10**400, 2**63, math.nan, math.inf, -math.inf
+)  # fmt: skip
+FIELDS = (
+    *(one.name for one in fields(Profile)), *(f"measures.{one.name}" for one in fields(Measure)), "peaks.float32",
+    "more",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_field_is_checked_though_the_digest_is_right(field):
+    """What a plan could stumble over: `tokens` of 0, no times, other types."""
+    good = {"version": VERSION, **asdict(measured(sdpa=1e-3, cpu_fused=2e-3))}
+    profile_path("cpu").parent.mkdir(parents=True, exist_ok=True)
+    harmless = 0
+    for wrong in (*WRONG, ...):
+        held = json.loads(json.dumps(good))
+        *above, name = field.split(".")
+        place = held if not above else held["peaks"] if above == ["peaks"] else held["measures"][1]
+        if wrong is ...:
+            place.pop(name, None)
+        else:
+            place[name] = wrong
+        profile_path("cpu").write_text(json.dumps({**held, "digest": _digest(held)}))
+        forget_profiles()
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            chosen = ls.explain(problem()).chosen
+            chosen_with_gradients = ls.explain(problem(requires_grad=True, q_len=7)).chosen
+        if current_profile("cpu") is None:
+            assert [str(profile_path("cpu")) in str(one.message) for one in heard] == [True]
+            assert chosen == chosen_with_gradients == "cpu_fused"
+        else:
+            harmless += 1
+            profile_path("cpu").unlink()
+            assert current_profile("cpu").save()
+            forget_profiles()
+            assert current_profile("cpu") is not None
+    assert harmless < len(WRONG) and (harmless == 0 or field != "measures.tokens")
+
+
+def test_no_damage_passes_and_none_makes_a_plan_raise():
+    """One bit, one byte, a piece cut out, doubled, or replaced: some here, `FUZZ_CASES` of them by hand."""
+    path, draw = measured(sdpa=1e-3, cpu_fused=2e-3).save(), random.Random(0)
+    whole = path.read_bytes()
+    assert current_profile("cpu") is not None
+    for _ in range(int(os.environ.get("FUZZ_CASES", 300))):
+        data, at = bytearray(whole), draw.randrange(len(whole))
+        end = min(len(whole), at + draw.randrange(1, 40))
+        match draw.randrange(5):
+            case 0:
+                data[at] ^= 1 << draw.randrange(8)
+            case 1:
+                data[at] = (data[at] + draw.randrange(1, 256)) % 256
+            case 2:
+                del data[at:end]
+            case 3:
+                data[at:at] = data[at:end]
+            case _:
+                data[at:end] = draw.choice((b"null", b"NaN", b"1e999", b"[]", b"{", b'"\\ud800"', b"\xff\xfe", b"\n"))
+        path.write_bytes(data)
+        forget_profiles()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = current_profile("cpu")
+        try:  # spaces between the values may differ
+            same = json.loads(data) == json.loads(whole)
+        except (ValueError, RecursionError):
+            same = False
+        assert found is None or same, bytes(data)
+
+
+def test_without_a_home_plans_are_made(monkeypatch):
+    def nowhere(name):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("longspan.profile.cache_folder", nowhere)
+    assert ls.explain(problem()).chosen == "cpu_fused" and survey() == ()
+    with pytest.raises(ls.LongspanError, match="LONGSPAN_CACHE"):
+        measured(sdpa=1.0).save()
+
+
+def test_a_profile_is_written_in_one_step(monkeypatch):
+    before = measured(sdpa=1e-3).save().read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(ls.LongspanError, match="No space left"):
+            measured(sdpa=1.0).save()
+    assert profile_path("cpu").read_bytes() == before
+    assert [path.name for path in profile_path("cpu").parent.iterdir()] == ["cpu.json"]
 
 
 def test_it_reads_back_what_was_measured(monkeypatch):

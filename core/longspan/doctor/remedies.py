@@ -14,6 +14,7 @@ from longspan.doctor.ledger import Ledger
 from longspan.doctor.machine import Machine
 from longspan.doctor.settings import Setting
 from longspan.doctor.usability import Unusable
+from longspan.folders import Unused
 from longspan.policy import is_name, names
 from longspan.spec import BackendInfo
 
@@ -42,9 +43,12 @@ class Remedy:
         return asdict(self)
 
 
-def remedies(machine: Machine, ledger: Ledger, found: tuple[Setting, ...]) -> tuple[Remedy, ...]:
+def remedies(
+    machine: Machine, ledger: Ledger, found: tuple[Setting, ...], files: tuple[Unused, ...] = ()
+) -> tuple[Remedy, ...]:
     """All of them, what is broken first."""
     listed = [*_settings(found), *_names(ledger, found), *_rows(ledger, found)]
+    listed += [Remedy(f"{one.path} {one.why}", (one.fix,), broken=one.broken) for one in files]
     listed += [
         Remedy(f"{place.name}: {place.why}", (place.fix,), broken=False) for place in machine.places if place.why
     ]

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from attrs import asdict, frozen
 
-from longspan import quarantine
+from longspan import compiled, profile, quarantine
 from longspan.doctor.ledger import Ledger, ledger_apart, ledger_here
 from longspan.doctor.machine import Machine, machine
 from longspan.doctor.remedies import Remedy, remedies
 from longspan.doctor.settings import Setting, readable, settings
 from longspan.errors import PolicyError
+from longspan.folders import Unused
 from longspan.policy import Policy, current
 
 __all__ = ["Report", "examine"]
@@ -24,6 +25,7 @@ class Report:
     """The machine, the ledger, the environment, the policy, and what is to be mended.
 
     `policy` is the text of the error where it cannot be read. `isolated`: no plugin was imported in this process.
+    `files`: what is kept on disk and not used.
     """
 
     machine: Machine
@@ -33,6 +35,7 @@ class Report:
     remedies: tuple[Remedy, ...]
     cuda_initialized: bool
     isolated: bool
+    files: tuple[Unused, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -50,6 +53,7 @@ class Report:
             "environment": [one.to_dict() for one in self.settings],
             "policy": {"error": self.policy} if isinstance(self.policy, str) else _policy(self.policy),
             "quarantine": _quarantine(),
+            "files": [asdict(one) for one in self.files],
             "to_fix": [one.to_dict() for one in self.remedies],
         }
 
@@ -66,15 +70,17 @@ def examine(isolate: bool = False, timeout: float = 60.0) -> Report:
     """
     here, found = machine(), settings()
     environ = readable(found)
+    files = (*compiled.survey(), *profile.survey())
     ledger = ledger_apart(here.devices, environ, timeout) if isolate else ledger_here(here.devices, environ)
     return Report(
         machine=here,
         ledger=ledger,
         settings=found,
         policy=_in_force(),
-        remedies=remedies(here, ledger, found),
+        remedies=remedies(here, ledger, found, files),
         cuda_initialized=torch.cuda.is_initialized(),  # type: ignore[no-untyped-call]
         isolated=isolate,
+        files=files,
     )
 
 

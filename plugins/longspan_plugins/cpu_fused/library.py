@@ -1,21 +1,24 @@
 """The native kernels: compiled once for this processor with the C compiler that is there, and kept in the cache folder.
 
 No compiler is needed for longspan to install and work: without one, `load` says why and the backend composes its work
-from torch's operators. The file's name holds a digest of the sources, the compiler and the processor, so that a home
-folder shared by different machines never gives one of them another's instructions.
+from torch's operators. The file's name begins with a digest of the sources, the compiler and the processor, so that a
+home folder shared by different machines never gives one of them another's instructions. `longspan.compiled` says when
+a file that is there is trusted.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from math import lcm
 from pathlib import Path
@@ -24,7 +27,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from longspan import cache_folder
+from longspan import compiled
 from longspan_plugins.cpu_fused.binding import WORDS
 from longspan_plugins.cpu_fused.gate import check_made
 
@@ -128,58 +131,106 @@ def load() -> Library:
     if program is None or missing():
         step = f". Next: {line}" if (line := installing()) else ""
         return Library(None, refusal=f"native kernels need {missing() or 'a C compiler'}{step}")
+    key, homes = _key(program), compiled.homes("cpu_fused")
+    for home in homes:
+        for code in home.find(key):
+            with suppress(OSError, AttributeError):  # a folder that nothing may be loaded from
+                return _open(code.address)
+    for home in homes:
+        if why := home.failure(key):
+            return Library(None, refusal=why)
     try:
-        try:
-            return _kept(program, cache_folder("cpu_fused"))
-        except (OSError, RuntimeError):  # no home, nothing may be written there, or nothing loaded from there
-            with tempfile.TemporaryDirectory(prefix="longspan-") as scratch:
-                return _open(_built(program, Path(scratch)))
+        return _fresh(program, key, homes)
+    except subprocess.TimeoutExpired:
+        why = f"{shlex.join(program)} did not make a library within {PATIENCE:g} seconds"
+        for home in homes:
+            with suppress(OSError):
+                home.remember_failure(key, why)
+                break
+        return Library(None, refusal=why)
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        return Library(None, refusal=f"{shlex.join(program)} did not make a library: {said.strip()[-400:]}")
+        said = getattr(error, "output", None) or str(error)
+        return Library(None, refusal=f"{shlex.join(program)} did not make a library: {said[-400:]}")
 
 
-def _open(path: Path) -> Library:
-    handle = ctypes.CDLL(str(path))
+def _open(address: str) -> Library:
+    handle = ctypes.CDLL(address)
     for name in ("longspan_forward", "longspan_backward", "longspan_dilated", "longspan_job_size", "longspan_lanes"):
         getattr(handle, name).restype = ctypes.c_int64
     handle.longspan_forward.argtypes = handle.longspan_backward.argtypes = (ctypes.c_void_p,)
     if (size := handle.longspan_job_size()) != 8 * WORDS:
-        raise OSError(f"{path} takes jobs of {size} bytes, want {8 * WORDS}. Next: delete it")
+        raise OSError(f"the library takes jobs of {size} bytes, want {8 * WORDS}")
     return Library(handle, handle.longspan_lanes())
 
 
-def _kept(program: tuple[str, ...], folder: Path) -> Library:
-    """The folder's library, built if it is not there. Its name ends with its size: loading half a file can crash."""
+def _fresh(program: tuple[str, ...], key: str, homes: tuple[compiled.Home, ...]) -> Library:
+    """Build the library and keep it in the first home that takes it; where none does, it is this process's alone."""
+    with _built(program, homes) as path:
+        data = path.read_bytes()
+        for home in homes:
+            with suppress(OSError, AttributeError):
+                return _open(home.keep(key, data).address)
+        return _open(str(path))
+
+
+@contextmanager
+def _built(program: tuple[str, ...], homes: tuple[compiled.Home, ...]) -> Iterator[Path]:
+    """The library in a folder that goes after the block: among the temporary files, or in a home if those are full."""
+    places = [None, *(home.path for home in homes if home.path.is_dir() and not home.refusal())]
+    for number, place in enumerate(places, 1):
+        with ExitStack() as stack:
+            try:
+                scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="longspan-", dir=place))
+                path = Path(scratch, "attention.so")
+                _run([*program, *FLAGS, "-o", str(path), str(HERE / "attention.c"), "-lpthread", "-lm"], scratch)
+            except (OSError, subprocess.CalledProcessError) as error:
+                if number < len(places) and _is_full(error, place or tempfile.gettempdir()):
+                    continue
+                raise
+            yield path
+            return
+
+
+def _is_full(error: OSError | subprocess.CalledProcessError, place: str | Path) -> bool:
+    """Whether a build failed for want of room, so that it may do better elsewhere."""
+    if isinstance(error, OSError):
+        return True
+    return "No space left" in error.output or "quota" in error.output or shutil.disk_usage(place).free < compiled.ROOM
+
+
+def _run(command: list[str], scratch: str) -> None:
+    """Run the compiler, which has processes of its own: on a timeout or an interrupt they go with it."""
+    environment = {**os.environ, "LC_ALL": "C", "TMPDIR": scratch}
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        start_new_session=True,
+        text=True,
+        errors="replace",
+    ) as process:
+        try:
+            said, _ = process.communicate(timeout=PATIENCE)
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if process.returncode:
+        said = said.strip() or f"exit code {process.returncode}, and it said nothing"
+        raise subprocess.CalledProcessError(process.returncode, command, said)
+
+
+def _key(program: tuple[str, ...]) -> str:
+    """Under which the library is kept: a digest of the sources, the compiler, its flags and the processor."""
+    found = os.stat(program[0])
     digest = hashlib.sha256()
-    for part in (*FLAGS, *program, _said([*program, "--version"]), _processor()):
+    for part in (*FLAGS, *program, str(found.st_size), str(found.st_mtime_ns), _processor()):
         digest.update(part.encode() + b"\0")
     for source in sorted([*HERE.glob("*.h"), *HERE.glob("*.c")]):
         digest.update(source.read_bytes())
-    name = f"attention-{digest.hexdigest()[:24]}"
-    for path in folder.glob(f"{name}-*.so"):
-        if path.name == f"{name}-{path.stat().st_size}.so":
-            with contextlib.suppress(OSError, AttributeError):  # else it is damaged, and replaced
-                return _open(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # renamed when whole: others may be building it too
-        fresh = _built(program, Path(scratch))
-        with fresh.open("rb") as file:
-            os.fsync(file.fileno())
-        path = folder / f"{name}-{fresh.stat().st_size}.so"
-        os.replace(fresh, path)
-    return _open(path)
-
-
-def _built(program: tuple[str, ...], folder: Path) -> Path:
-    path = folder / "attention.so"
-    _said([*program, *FLAGS, "-o", str(path), str(HERE / "attention.c"), "-lpthread", "-lm"])
-    return path
-
-
-def _said(command: list[str]) -> str:
-    done = subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=PATIENCE)
-    return done.stdout
+    return f"attention-{digest.hexdigest()[:24]}"
 
 
 def _processor() -> str:
