@@ -6,7 +6,7 @@ import itertools
 import os
 import threading
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ import torch
 
 from longspan import cache_file
 from longspan.cache_entry import CacheStats, Entry, LayoutKey, PatternStats, Queue, pattern_of
-from longspan.errors import ArgumentError
+from longspan.errors import ArgumentError, warn_caller
 from longspan.parcel import Parcel
 from longspan.spec import Problem
 from longspan.tiers import Mover, mover_of
@@ -52,6 +52,10 @@ class PatternCache:
 
     Safe among threads: finding an entry takes no lock (its counts may then miss a hit or two), all else takes one. Safe
     among forks. It pickles and copies as an empty cache of the same size.
+
+    `longspan.attention` keeps layouts in the shared ones, `longspan.pattern_cache(device)`. For one of your own, or for
+    none (any object with `get` and `put` will do, and `get` may return None), make the plan yourself:
+    `longspan.plan(problem, pattern_cache=mine)`.
 
     Args:
         limit: bytes on the host; pinned entries stay, even where they alone take more.
@@ -169,21 +173,30 @@ class PatternCache:
         """Write the layouts that a release made, for a later process of the same release; how many that were.
 
         Layouts of objects that are not the core's, and of backends and extensions registered in this process, are left
-        out: nobody could tell whether they are still right.
+        out: nobody could tell whether they are still right. A warning says how many of which backend, where there are
+        any; `cpu_fused`, which `auto` takes on a CPU, is one whose layouts are its own, and made anew in milliseconds.
 
         Raises:
+            ArgumentError: the file cannot be written.
             LongspanError: safetensors is not installed.
         """
         with self._lock:
-            kept = [key for key in self._entries if isinstance(key, LayoutKey) and key.origin]
-        found = [(key, self._peek(key)) for key in kept]
-        return cache_file.save(path, [(key, layout) for key, layout in found if layout is not None])
+            kept = [key for key in self._entries if isinstance(key, LayoutKey)]
+        found = [(key, self._peek(key)) for key in kept if key.origin]
+        written, foreign = cache_file.save(path, [(key, layout) for key, layout in found if layout is not None])
+        left_out = Counter(key.backend for key in (*foreign, *(key for key in kept if not key.origin)))
+        if left_out:
+            listed = ", ".join(f"{count} of {backend}" for backend, count in sorted(left_out.items()))
+            text = f"{path} holds {written} layouts; left out: {listed}, whose layouts are not the core's"
+            what = "leave it, as they are made anew, or plan with a backend on the core's layouts (sdpa, say)"
+            warn_caller(f"{text}. Next: {what}", UserWarning)
+        return written
 
     def load(self, path: str | Path) -> int:
-        """Read what `save` wrote; how many layouts that were: none where another release wrote it.
+        """Read what `save` wrote; how many layouts that were: none, with a warning, where another release wrote it.
 
         Raises:
-            ArgumentError: the file cannot be read, or is none of ours.
+            ArgumentError: the file cannot be read, is damaged, is none of ours, or others may write to it.
             LongspanError: safetensors is not installed.
         """
         found = cache_file.load(path)

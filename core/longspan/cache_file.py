@@ -1,14 +1,20 @@
-"""Layouts on disk: tensors in safetensors, everything else as JSON beside them. Nothing is pickled, no code is run.
+"""Layouts on disk: tensors in safetensors, everything else as JSON before them. Nothing is pickled, no code is run.
 
-Only the core's own values are written: numbers, texts, tuples, and attrs objects of classes of this package. Reading
-makes them by their constructors, whose checks a damaged file does not pass.
+A file is four lines of text (the form, the release, a digest, the number of bytes of JSON), the JSON and the tensors.
+The digest (SHA-256) is of all the rest of the file, so that one in which a byte changed is refused: a layout with a
+wrong number computes wrong attention, and no check of its own can know. It is no protection against who may write the
+file, as they can write its digest too: it is read only where it is the user's own (`longspan.folders`). Only the core's
+own values are written: numbers, texts, tuples, and attrs objects of classes of this package, which are made by their
+constructors.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterable, Mapping
+from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,12 +25,15 @@ from torch import Tensor
 
 from longspan.block_sparse import BlockSparse
 from longspan.cache_entry import LayoutKey
-from longspan.errors import ArgumentError, LongspanError
+from longspan.errors import ArgumentError, LongspanError, warn_caller
+from longspan.folders import NotOwn, read_own, why_unread, write_whole
 from longspan.patterns import parse_pattern
 
 __all__ = ["load", "save"]
 
-FORMAT = "1"
+FORM = b"longspan layouts 2"
+EARLIER = b'{"__metadata__":{'
+"""How a file of the first form begins, after the eight bytes of its header's length."""
 PACKAGE = "longspan."
 
 
@@ -32,65 +41,121 @@ class _Foreign(Exception):
     """A value that is not the core's own."""
 
 
-def save(path: str | Path, layouts: Iterable[tuple[LayoutKey, Any]]) -> int:
-    """Write layouts with their keys; how many could be written. Takes the place of the file in one step."""
+def save(path: str | Path, layouts: Iterable[tuple[LayoutKey, Any]]) -> tuple[int, tuple[LayoutKey, ...]]:
+    """Write layouts with their keys; how many could be written, and the keys of those that could not.
+
+    Takes the place of the file in one step; writers do not meet.
+
+    Raises:
+        ArgumentError: the file cannot be written.
+        LongspanError: safetensors is not installed.
+    """
     tools = _safetensors()
     tensors: dict[str, Tensor] = {}
-    rows = []
+    rows, left_out = [], []
     for key, layout in layouts:
         mine: dict[str, Tensor] = {}
         try:
             row = [_encoded(one, mine, len(tensors)) for one in (key.problem, layout)]
         except _Foreign:
+            left_out.append(key)
             continue
         tensors |= mine
         rows.append([key.backend, key.origin, *row])
-    target = Path(path)
-    fresh = target.with_name(target.name + ".new")
-    tools.save_file(tensors, fresh, metadata={**_release(), "layouts": json.dumps(rows)})
-    fresh.replace(target)
-    return len(rows)
+    try:
+        write_whole(Path(path), _joined(json.dumps(rows).encode(), tools.save(tensors)))
+    except OSError as error:
+        got = f"{path}: {error.strerror or error}"
+        raise ArgumentError("path", got, "a file that can be written", "choose another") from error
+    return len(rows), tuple(left_out)
 
 
 def load(path: str | Path) -> list[tuple[LayoutKey, Any]]:
-    """Read layouts with their keys; none where another release wrote them.
+    """Read layouts with their keys; none, with a warning, where another release wrote them.
 
     Raises:
-        ArgumentError: the file cannot be read, or `save` did not write it.
+        ArgumentError: the file cannot be read, is not the user's own, is damaged, or `save` did not write it.
     """
     tools = _safetensors()
     try:
-        with tools.safe_open(str(path), framework="pt") as file:
-            about = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        if "layouts" not in about:
-            raise ValueError("it holds no layouts")
-        if {name: about.get(name) for name in _release()} != _release():
+        data = read_own(path)
+    except OSError as error:
+        fix = "save one first"
+        if isinstance(error, NotOwn):
+            fix = f"where you trust it, make a copy of your own: cp {shlex.quote(str(path))} COPY"
+        raise ArgumentError("path", f"{path}, which {why_unread(error)}", "a file of your own", fix) from error
+    try:
+        release, rows, tensors = _parted(data)
+        if release != _release():
+            text = f"{path} was written by {release}, and this is {_release()}: no layout is taken from it"
+            warn_caller(f"{text}. Next: save it again", UserWarning)
             return []
+        flats = tools.load(tensors)
         return [
-            (LayoutKey(_decoded(problem, tensors), backend, origin), _decoded(layout, tensors))
-            for backend, origin, problem, layout in json.loads(about["layouts"])
+            (LayoutKey(_decoded(problem, flats), backend, origin), _decoded(layout, flats))
+            for backend, origin, problem, layout in json.loads(rows)
         ]
-    except Exception as error:  # the reader has exceptions of its own, and a damaged file has others
-        got = f"{path}: {type(error).__name__}: {error}"
-        raise ArgumentError("path", got, "a file that PatternCache.save wrote", "save it again") from error
+    except Exception as error:  # the reader has exceptions of its own, and so has what another wrote
+        why = str(error) if isinstance(error, _Damaged) else f"cannot be read: {type(error).__name__}: {error}"
+        raise ArgumentError(
+            "path", f"{path}, which {why}", "a file that PatternCache.save wrote", "delete it, and save it again"
+        ) from error
 
 
-def _release() -> dict[str, str]:
+class _Damaged(ValueError):
+    """Not what was written: why, as the end of a sentence about the file."""
+
+
+def _joined(rows: bytes, tensors: bytes) -> bytes:
+    """The bytes of a file."""
+    release = _release().encode()
+    digest = _digest(release, rows, tensors)
+    return b"\n".join((FORM, release, digest, str(len(rows)).encode(), rows + tensors))
+
+
+def _parted(data: bytes) -> tuple[str, bytes, bytes]:
+    """The release that wrote a file, its JSON and its tensors.
+
+    Raises:
+        _Damaged: it is none, of an earlier form, or some of its bytes changed.
+    """
+    form, *lines = data.split(b"\n", 4)
+    if form != FORM:
+        if data[8:].startswith(EARLIER) and b'"layouts":' in data:
+            raise _Damaged("was written by an earlier longspan, without a digest")
+        raise _Damaged("is damaged, or none of longspan's")
+    if len(lines) != 4:
+        raise _Damaged("is damaged: it ends too early")
+    release, digest, count, rest = lines
+    size = int(count) if count.isdigit() and len(count) < 19 else -1
+    rows, tensors = rest[: max(0, size)], rest[max(0, size) :]
+    if str(size).encode() != count or digest != _digest(release, rows, tensors):
+        raise _Damaged("is damaged: its content has another digest")
+    return release.decode(), rows, tensors
+
+
+def _digest(release: bytes, rows: bytes, tensors: bytes) -> bytes:
+    """Of the parts, each behind its length, so that no byte can go from one to another."""
+    found = sha256()
+    for part in (release, rows, tensors):
+        found.update(b"%d\n" % len(part))
+        found.update(part)
+    return found.hexdigest().encode()
+
+
+def _release() -> str:
     from importlib.metadata import version
 
-    return {"format": FORMAT, "longspan": version("longspan")}
+    return f"longspan {version('longspan')}"
 
 
 def _safetensors() -> Any:
     try:
-        tools = import_module("safetensors.torch")
-        tools.safe_open = import_module("safetensors").safe_open  # type: ignore[attr-defined]
+        return import_module("safetensors.torch")
     except ImportError as error:
         raise LongspanError(
             "layouts on disk need safetensors, which is not installed. Next: pip install 'longspan[cache]'"
         ) from error
-    return tools
 
 
 def _encoded(value: Any, tensors: dict[str, Tensor], first: int) -> Any:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import random
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -368,7 +370,8 @@ def test_saved_and_loaded(tmp_path):
     store.put(key(n=9, origin=""), lower(problem(n=9)))  # made by a plugin of this process
     store.put(key(n=10), object())  # not the core's
     store.put("no layout key", lower(problem()))
-    assert store.save(path) == 2
+    with pytest.warns(UserWarning, match="left out: 2 of sdpa.*Next: leave it"):
+        assert store.save(path) == 2
     fresh = PatternCache()
     assert fresh.load(path) == 2
     again = ls.plan(problem(), backend="sdpa", pattern_cache=fresh)
@@ -391,7 +394,8 @@ def test_what_a_plugin_of_this_process_made_is_not_saved(tmp_path):
         ls.plan(problem(), backend="sdpa", pattern_cache=store)
     finally:
         ls.unregister("test-pattern")
-    assert len(store) == 1 and store.save(tmp_path / "x") == 0
+    with pytest.warns(UserWarning, match="left out: 1 of sdpa"):
+        assert len(store) == 1 and store.save(tmp_path / "x") == 0
 
 
 def test_another_release_starts_anew(tmp_path, monkeypatch):
@@ -399,20 +403,133 @@ def test_another_release_starts_anew(tmp_path, monkeypatch):
     store = PatternCache()
     ls.plan(problem(), backend="sdpa", pattern_cache=store)
     assert store.save(tmp_path / "x") == 1
-    monkeypatch.setattr(cache_file, "_release", lambda: {"format": "1", "longspan": "another"})
-    assert PatternCache().load(tmp_path / "x") == 0
+    monkeypatch.setattr(cache_file, "_release", lambda: "longspan 99")
+    with pytest.warns(UserWarning, match="/x was written by longspan .*, and this is longspan 99.*Next: save it again"):
+        assert PatternCache().load(tmp_path / "x") == 0
 
 
 def test_files_that_are_none_of_ours(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     (tmp_path / "text").write_text("hello")
     safetensors.save_file({"a": torch.ones(3)}, tmp_path / "other")
-    release = cache_file._release()
-    row = '[["sdpa", "longspan 1", {"class": "os:system", "fields": {"command": "true"}}, null]]'
-    safetensors.save_file({"a": torch.ones(3)}, tmp_path / "evil", metadata={**release, "layouts": row})
-    for name in ("missing", "text", "other", "evil"):
-        with pytest.raises(ls.ArgumentError, match="path"):
+    release = {"format": "1", "longspan": "0.1.0"}
+    safetensors.save_file({"a": torch.ones(3)}, tmp_path / "earlier", metadata={**release, "layouts": "[]"})
+    row = b'[["sdpa", "longspan 1", {"class": "os:system", "fields": {"command": "true"}}, null]]'
+    (tmp_path / "evil").write_bytes(cache_file._joined(row, safetensors.save({})))
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name, why in (
+        ("missing", "cannot be read: No such file"),
+        ("text", "none of longspan's"),
+        ("other", "none of longspan's"),
+        ("earlier", "was written by an earlier longspan, without a digest"),
+        ("evil", "cannot be read: ValueError: os is not the core's"),
+        ("folder", "is no file"),
+        ("pipe", "is no file"),
+    ):
+        with pytest.raises(ls.ArgumentError, match=f"path: got {tmp_path / name}, which .*{why}.*Next: "):
             PatternCache().load(tmp_path / name)
+
+
+def test_what_others_may_have_written_is_not_read(tmp_path, saved, give_away):
+    saved.chmod(0o664)
+    with pytest.raises(ls.ArgumentError, match=r"may be written to by others \(mode 0664\).*Next: .* cp "):
+        PatternCache().load(saved)
+    saved.chmod(0o644)
+    assert PatternCache().load(saved) == 5
+    give_away(saved)
+    with pytest.raises(ls.ArgumentError, match="belongs to another user"):
+        PatternCache().load(saved)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A file of several layouts, with and without tensors."""
+    pytest.importorskip("safetensors")
+    store = PatternCache()
+    block_sparse = ls.random_blocks(0.5, block_size=4, seed=0)
+    for pattern in (ls.Dense(), ls.SlidingWindow(3, 1), ls.Dilated((8, 16), (1, 2)), block_sparse):
+        ls.plan(problem(pattern=pattern), backend="sdpa", pattern_cache=store)
+    store.put(key(n=33), (torch.arange(30).view(5, 6), torch.ones(3, dtype=torch.bool), 0.5))
+    assert store.save(tmp_path / "saved") == len(store) == 5
+    return tmp_path / "saved"
+
+
+def test_a_file_in_which_anything_changed_is_refused(saved):
+    """Bits, digits that stay digits, bytes, pieces cut out, doubled or moved; `FUZZ_CASES` of them by hand."""
+    whole, draw = saved.read_bytes(), random.Random(0)
+    digits = [at for at, byte in enumerate(whole) if 48 <= byte < 58]
+    refused = 0
+    for number in range(int(os.environ.get("FUZZ_CASES", 400))):
+        data, at = bytearray(whole), draw.randrange(len(whole))
+        end = min(len(data), at + draw.randrange(1, 60))
+        match number % 6:
+            case 0:
+                data[at] ^= 1 << draw.randrange(8)
+            case 1:
+                data[at] = (data[at] + draw.randrange(1, 256)) % 256
+            case 2:
+                at = draw.choice(digits)
+                data[at] = 48 + (data[at] - 48 + draw.randrange(1, 10)) % 10
+            case 3:
+                del data[at:end]
+            case 4:
+                data[at:at] = data[at:end]
+            case _:
+                del data[at:]
+        if data == whole:  # a digit doubled, say, among its like
+            continue
+        saved.write_bytes(data)
+        with pytest.raises(ls.ArgumentError, match=f"{saved}, which is damaged"):
+            PatternCache().load(saved)
+        refused += 1
+    saved.write_bytes(whole)
+    assert PatternCache().load(saved) == 5 and refused > 300
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork is missing here")
+def test_writers_do_not_meet(tmp_path):
+    """Three processes that save to one name and read it: each reads what one of them wrote, whole."""
+    pytest.importorskip("safetensors")
+    path, times = tmp_path / "saved", int(os.environ.get("FUZZ_CASES", 40))
+
+    def work(number):
+        store = PatternCache()
+        for n in range(2, 3 + 20 * number):
+            store.put(key(n), (torch.full((n, 50), n), lower(problem(n))))
+        for _ in range(times):
+            assert store.save(path) == len(store)
+            assert PatternCache().load(path) in (1, 21, 41)
+
+    children = []
+    for number in range(3):
+        child = os.fork()
+        if child == 0:
+            try:
+                work(number)
+                os._exit(0)
+            finally:
+                traceback.print_exc()
+                os._exit(1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    assert [one.name for one in tmp_path.iterdir()] == ["saved"]
+
+
+def test_what_cpu_fused_lays_out_is_left_out_and_said(tmp_path):
+    pytest.importorskip("safetensors")
+    store = PatternCache()
+    made = ls.plan(problem(n=300, pattern=ls.SlidingWindow(9, 0)), backend="cpu_fused", pattern_cache=store)
+    if isinstance(made.layout, Layout):
+        pytest.skip("no C compiler: the core lays it out")
+    with pytest.warns(UserWarning, match=f"{tmp_path}/x holds 0 layouts; left out: 1 of cpu_fused"):
+        assert store.save(tmp_path / "x") == 0
+
+
+def test_a_file_that_cannot_be_written(tmp_path):
+    pytest.importorskip("safetensors")
+    with pytest.raises(ls.ArgumentError, match=r"path: got .*/no/x: No such file or directory"):
+        PatternCache().save(tmp_path / "no" / "x")
 
 
 def test_tensors_survive_the_disk(tmp_path):
