@@ -93,11 +93,17 @@ class Group:
         return evolve(self, rows=rows, columns=tuple(one.to(device) for one in self.columns))
 
 
-def group_rows(span: Span, csr: BlockCSR) -> tuple[Group, ...]:
-    """The groups of a layout. Rows without a block are in none."""
+def group_rows(span: Span, csr: BlockCSR, *, is_chosen: bool = False) -> tuple[Group, ...]:
+    """The groups of a layout. Rows without a block are in none.
+
+    Args:
+        span: the document.
+        csr: its blocks.
+        is_chosen: full blocks are gathered even where those of all rows happen to be in line.
+    """
     if not csr.nnz:
         return ()
-    index = _Index(span, csr)
+    index = _Index(span, csr, is_chosen)
     _, group_of = torch.unique(index.kinds(), dim=0, return_inverse=True)
     order = torch.argsort(group_of, stable=True)
     groups = [index.group(rows) for rows in torch.split(order, torch.bincount(group_of).tolist())]
@@ -107,7 +113,8 @@ def group_rows(span: Span, csr: BlockCSR) -> tuple[Group, ...]:
 class _Index:
     """A layout's blocks by kind, row by row."""
 
-    def __init__(self, span: Span, csr: BlockCSR) -> None:
+    def __init__(self, span: Span, csr: BlockCSR, is_chosen: bool) -> None:
+        self.is_chosen = is_chosen
         self.span, self.size, self.rows = span, csr.block_size, csr.rows
         self.low, self.high = csr.grid.row_spans()
         self.tail = span.keys % csr.block_size
@@ -154,7 +161,7 @@ class _Index:
         if tail:
             tiles = torch.cat([tiles, kind.tails[rows][:, None]], dim=1)
         if kind.is_full:
-            return Columns(blocks, tail, self.size, self._run(blocks, tail), None)
+            return Columns(blocks, tail, self.size, None if self.is_chosen else self._run(blocks, tail), None)
         if bool((tiles == tiles[:1]).all()):
             tiles = tiles[:1]
         return Columns(blocks, tail, self.size, self._run(blocks, tail), tiles - 1)

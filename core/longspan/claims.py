@@ -60,8 +60,9 @@ def check_claims(claims: Mapping[str, Any], switches: Iterable[str]) -> None:
             raise ArgumentError("Capabilities.patterns", "'causal'", f"names out of {', '.join(kinds)}", "causal=True")
         if pattern not in kinds:
             raise _unknown("patterns", pattern, kinds)
-    for device in claims["devices"]:
-        _check_device(device)
+    for name in ("devices", "contains_nonfinite"):
+        for device in claims[name]:
+            _check_device(name, device)
 
 
 def _kinds(kind: type[Pattern]) -> set[str]:
@@ -69,18 +70,18 @@ def _kinds(kind: type[Pattern]) -> set[str]:
     return {kind.kind}.union(*[_kinds(one) for one in kind.__subclasses__()])
 
 
-def _check_device(device: object) -> None:
+def _check_device(name: str, device: object) -> None:
     text = str(device)
     match = re.fullmatch(r"([a-z]+)(?:(?:>=|<=|==|<|>)\d+\.\d+)?", text)
     if match is None:
-        fix = "e.g. devices=('cpu', 'cuda>=8.0')"
+        fix = f"e.g. {name}=('cpu', 'cuda>=8.0')"
         if arch := re.fullmatch(r"sm_?(\d+)(\d)", text):
             fix = f"write 'cuda>={arch[1]}.{arch[2]}', or == for this one alone"
         elif spaced := re.fullmatch(r"([a-z]+)\s*(>=|<=|==|<|>)\s*(\d+)(\.\d+)?", text):
             fix = f"write {spaced[1] + spaced[2] + spaced[3] + (spaced[4] or '.0')!r}"
         elif plain := re.fullmatch(r"([a-z]+):\d+", text):
             fix = f"write {plain[1]!r}, whatever its number"
-        raise ArgumentError("Capabilities.devices", brief(device), "a form such as cpu, cuda or cuda>=8.0", fix)
+        raise ArgumentError(f"Capabilities.{name}", brief(device), "a form such as cpu, cuda or cuda>=8.0", fix)
     word = match[1]
     if word not in (*DEVICES, *ELSEWHERE) and not _torch_knows(word):
         raise _unknown("devices", device, DEVICES)

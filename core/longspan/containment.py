@@ -3,6 +3,8 @@
 Such a kernel multiplies hidden values by weights of 0, and 0 times NaN is NaN; a score that is NaN or inf stays so, or
 becomes NaN, under a mask of -inf. These run it without the rows and keys that are not finite, or so large that their
 products need not be, and take what is touched by those from the core's arithmetic. Slow, and for such inputs only.
+
+The bits of a product depend on how its operands lie in memory, so a tensor without such rows lies as the tensor did.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ from torch import Tensor
 from longspan import blockwise
 from longspan.tensors import wide_dtype
 
-__all__ = ["backward", "forward", "is_finite"]
+__all__ = ["add_taint", "backward", "forward", "is_finite", "without"]
 
 Gradients = tuple[Tensor, Tensor, Tensor]
+LINE = 64
+"""Bytes of a cache line, at which torch's own memory begins."""
 
 
 def forward(
@@ -41,9 +45,10 @@ def forward(
         mask: broadcastable to `(batch, heads, q_len, kv_len)`, True where a query sees a key.
     """
     most = _most(query, scale)
-    bad_rows, bad_keys = _bad(query, most), _bad(key, most) | _bad(value, math.inf)
-    out, lse = run(_without(query, bad_rows), _without(key, bad_keys), _without(value, bad_keys))
+    bad = _bad(query, most), _bad(key, most), _bad(value, math.inf)  # each by itself: a view may repeat a row
+    out, lse = run(without(query, bad[0]), without(key, bad[1]), without(value, bad[2]))
     real, real_lse = blockwise.forward(query, key, value, is_causal=False, scale=scale, mask=mask)
+    bad_rows, bad_keys = bad[0].squeeze(-1), (bad[1] | bad[2]).squeeze(-1)
     touched = bad_rows | _sees(mask, bad_keys, query.shape[1])
     return torch.where(touched.unsqueeze(-1), real, out), torch.where(touched, real_lse.to(lse.dtype), lse)
 
@@ -75,12 +80,11 @@ def backward(
             keys up to `i`.
     """
     most = _most(query, scale)
-    bad_rows = _bad(dout, most) | _bad(query, most) | _bad(out, most) | lse.isnan()
-    bad_keys = _bad(key, most) | _bad(value, most)
-    lines = [_without(x, bad_rows) for x in (dout, query, out)]
-    keys = [_without(x, bad_keys) for x in (key, value)]
-    usable = lse.masked_fill(bad_rows | (lse == -math.inf), math.inf)
-    found = run(lines[0], lines[1], keys[0], keys[1], lines[2], usable)
+    bad = [_bad(x, most) for x in (dout, query, key, value, out)]  # each by itself: a view may repeat a row
+    bad_rows, bad_keys = (bad[0] | bad[1] | bad[4]).squeeze(-1) | lse.isnan(), (bad[2] | bad[3]).squeeze(-1)
+    clean_dout, q, k, v, o = (without(x, one) for x, one in zip((dout, query, key, value, out), bad, strict=True))
+    usable = _as_it_lies(lse, lse.masked_fill(bad_rows | (lse == -math.inf), math.inf))
+    found = run(clean_dout, q, k, v, o, usable)
     given = {"is_causal": mask is None, "scale": scale}
     real = blockwise.backward(dout, query, key, value, out, lse, mask=mask, **given)  # type: ignore[arg-type]
     group = query.shape[1] // key.shape[1]
@@ -104,6 +108,39 @@ def is_finite(*tensors: Tensor) -> bool:
     return all(math.isfinite(one.sum()) or bool(one.isfinite().all()) for one in tensors)
 
 
+def without(tensor: Tensor, bad: Tensor) -> Tensor:
+    """A copy in which the bad numbers are 0, and which lies in memory as the tensor does.
+
+    Args:
+        tensor: any strides.
+        bad: bool, broadcastable to the tensor; found by its values alone: places that share memory are alike.
+    """
+    return _as_it_lies(tensor, tensor.masked_fill(bad, 0.0))
+
+
+def add_taint(out: Tensor, value: Tensor) -> Tensor:
+    """The causal `out` of finite values with the NaN and inf of `value` in the rows that may see them; other bits stay.
+
+    Args:
+        out: `(..., seq, head_dim)`.
+        value: the shape of `out`, one to each of its heads.
+    """
+    taint = blockwise.taint(value)
+    return torch.where(taint == 0.0, out, out + taint)
+
+
+def _as_it_lies(tensor: Tensor, values: Tensor) -> Tensor:
+    """`values` with the strides of `tensor` and as far from a cache line's start; repeated rows are repeated."""
+    shape, strides = tensor.shape, tensor.stride()
+    span = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if tensor.numel() else 0
+    lead = tensor.data_ptr() % LINE // tensor.element_size()
+    memory = torch.empty(lead + span, dtype=tensor.dtype, device=tensor.device)
+    once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in strides)
+    found = memory.as_strided(shape, strides, lead)
+    found[once].copy_(values[once])
+    return found
+
+
 def _most(query: Tensor, scale: float) -> float:
     """The largest number of which a scaled product of two rows is finite for certain."""
     bound = torch.finfo(wide_dtype(query.dtype)).max
@@ -117,11 +154,7 @@ def _sees(mask: Tensor, bad: Tensor, heads: int) -> Tensor:
 
 
 def _bad(tensor: Tensor, most: float) -> Tensor:
-    """Rows that hold NaN, inf, or more than `most`."""
+    """Rows that hold NaN, inf, or more than `most`: their shape with 1 for the last dimension."""
     narrow = most >= torch.finfo(tensor.dtype).max  # as a number of this dtype the bound would be inf
     fine = tensor.isfinite() if narrow else tensor.abs() <= most
-    return (~fine).any(-1)
-
-
-def _without(tensor: Tensor, bad: Tensor) -> Tensor:
-    return tensor.masked_fill(bad.unsqueeze(-1), 0.0)
+    return (~fine).any(-1, keepdim=True)

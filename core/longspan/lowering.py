@@ -17,7 +17,7 @@ import torch
 from attrs import frozen
 
 from longspan.block_layout import BlockLayout
-from longspan.block_sparse import BlockSparse
+from longspan.block_sparse import BlockSparse, ChosenBlocks
 from longspan.errors import ArgumentError
 from longspan.layout import Call, Heads, Layout
 from longspan.patterns import Dense, Dilated, SlidingWindow
@@ -188,7 +188,8 @@ def _laid(pattern: BlockSparse, spans: tuple[Span, ...], is_causal: bool, heads:
             )
             for span in spans
         }
-    return BlockLayout(spans, tuple(found[span.queries, span.keys, span.first] for span in spans))
+    blocks = tuple(found[span.queries, span.keys, span.first] for span in spans)
+    return BlockLayout(spans, blocks, isinstance(pattern, ChosenBlocks))
 
 
 def lay_blocks(problem: Problem) -> BlockLayout:

@@ -20,8 +20,8 @@ def render_matrix(rows: Iterable[BackendInfo]) -> str:
     loaded = [(row, row.capabilities) for row in rows if row.capabilities is not None]
     lines = [
         HEAD,
-        "| backend | devices | dtypes | native patterns | arguments | backward | head_dim | auto |",
-        "|---|---|---|---|---|---|---|---|",
+        "| backend | devices | dtypes | native patterns | arguments | backward | keeps NaN apart | head_dim | auto |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row, can in loaded:
         cells = (
@@ -31,6 +31,7 @@ def render_matrix(rows: Iterable[BackendInfo]) -> str:
             ", ".join(can.patterns),
             ", ".join(_arguments(can)),
             "native" if can.backward else "the core's",
+            ", ".join(can.contains_nonfinite),
             _head_dim(can),
             _auto(row, can),
         )

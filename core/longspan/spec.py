@@ -321,6 +321,9 @@ class Capabilities:
         backward: the `Kernel` has a backward; else the core's blockwise backward serves.
         head_dim_min, head_dim_max, head_dim_multiple: limits on the head dimension.
         deterministic: same inputs, same bits, run to run, forward and backward.
+        contains_nonfinite: devices, in the form of `devices`, where nothing that a row may not see, be it NaN, inf or
+            so large that products overflow, changes a bit of the row's results and gradients, nor of the gradients of
+            keys that no such row sees. (Finite numbers of usual size never may, on any device.)
         exact: False for approximations; auto never takes one.
         experimental: auto never takes it, and says so.
         opt_in: auto takes it only where the user named it.
@@ -345,6 +348,7 @@ class Capabilities:
     head_dim_max: int | None = None
     head_dim_multiple: int = 1
     deterministic: bool = False
+    contains_nonfinite: tuple[str, ...] = field(default=(), converter=_texts)
     exact: bool = True
     experimental: bool = False
     opt_in: bool = False

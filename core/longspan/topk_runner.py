@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longspan.autograd import Differentiable, Runner, no_graph
-from longspan.block_sparse import BlockSparse
+from longspan.block_sparse import ChosenBlocks
 from longspan.dropout import Draw
 from longspan.spec import Problem
 from longspan.tensors import wide_dtype
@@ -136,7 +136,7 @@ class ChoosingRunner(Runner):
         """The block-sparse problem of these layouts, one for each head of each batch entry."""
         problem, scoring = self._problem, part.scoring
         return problem.replace(
-            pattern=BlockSparse(scoring.block_size, layouts),
+            pattern=ChosenBlocks(scoring.block_size, layouts),
             batch=1,
             heads=problem.batch * problem.heads,
             kv_heads=problem.batch * problem.kv_heads,

@@ -29,6 +29,7 @@ def longspan_capabilities() -> Capabilities:
         patterns=("dense", "window"),
         causal=True,
         gqa=True,
+        contains_nonfinite=("cpu",),
         head_dim_min=16,
         head_dim_max=256,
         head_dim_multiple=16,

@@ -35,6 +35,7 @@ def longspan_capabilities() -> Capabilities:
         query_offset=True,
         backward=True,
         deterministic=True,
+        contains_nonfinite=("cpu",),
         tier=40,
     )
 

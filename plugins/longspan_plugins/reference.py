@@ -20,6 +20,7 @@ def longspan_capabilities() -> Capabilities:
         dropout=True,
         backward=True,
         deterministic=True,
+        contains_nonfinite=("cpu",),
         opt_in=True,
         tier=-10,
     )

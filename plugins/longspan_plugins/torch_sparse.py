@@ -26,6 +26,7 @@ def longspan_capabilities() -> Capabilities:
         dtypes=("float32", "float64"),
         patterns=("dense",),
         causal=True,
+        contains_nonfinite=("cpu",),
         experimental=True,
         opt_in=True,
     )

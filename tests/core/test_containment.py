@@ -25,8 +25,8 @@ def tensors(dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
 def test_a_bound_beyond_the_dtype_still_finds_inf(dtype, bad):
     rows = torch.ones(1, 1, 3, 2, dtype=dtype)
     rows[0, 0, 1, 0] = bad
-    assert containment._bad(rows, 2.3e18).tolist() == [[[False, True, False]]]
-    assert containment._bad(rows, math.inf).tolist() == [[[False, True, False]]]
+    assert containment._bad(rows, 2.3e18).tolist() == [[[[False], [True], [False]]]]
+    assert containment._bad(rows, math.inf).tolist() == [[[[False], [True], [False]]]]
 
 
 @each_dtype

@@ -49,7 +49,7 @@ class Case:
 
     Args:
         id: names the case, such as `cpu-float32-causal-gradient`.
-        check: forward, gradient, lse-gradient, joint, leak, repeat (claims that must hold) or refuse.
+        check: forward, gradient, lse-gradient, joint, leak, contain, repeat (claims that must hold) or refuse.
         claim: what is put to the test.
         problem: what is computed; its device is a kind (`cuda`), until it is known which one there is.
         device: the torch device it runs on; that of a refusal need not exist.
@@ -152,7 +152,7 @@ def _drafts(base: Problem, can: Capabilities, dims: Sequence[int]) -> Iterator[_
     yield from _numbers(base, dims)
     yield from _arguments()
     yield from _patterns(can)
-    yield from _contract(base)
+    yield from _contract(base, can)
 
 
 def _numbers(base: Problem, dims: Sequence[int]) -> Iterator[_Draft]:
@@ -212,7 +212,7 @@ def _patterns(can: Capabilities) -> Iterator[_Draft]:
         yield _Draft("keys-in-two", joint, {"q_len": 12, "kv_len": 24}, ("joint",), quick=True)
 
 
-def _contract(base: Problem) -> Iterator[_Draft]:
+def _contract(base: Problem, can: Capabilities) -> Iterator[_Draft]:
     scaled = contract("the scores are multiplied by problem.scale", "pass problem.scale on to the kernel")
     for scale, quick in ((0.3, True), (-0.3, False), (0.0, False)):
         yield _Draft(f"scale={scale}", scaled, {"scale": scale}, quick=quick)
@@ -238,9 +238,23 @@ def _contract(base: Problem) -> Iterator[_Draft]:
     yield _Draft("window", "patterns", {"pattern": PATTERNS["window"]}, ("leak",))
     yield _Draft("block_sparse-causal", "patterns", {**causal, "pattern": PATTERNS["block_sparse"]}, ("leak",))
     yield _Draft("documents", "documents", {"documents": (0, 6, 28)}, ("leak",))
+    yield from _contained(base, can)
     steady = {"q_len": 129, "deterministic": True}
     yield _Draft("plain", "deterministic", steady, ("repeat",), quick=True)
     yield _Draft("causal", "deterministic", {**steady, **causal}, ("repeat",))
+
+
+def _contained(base: Problem, can: Capabilities) -> Iterator[_Draft]:
+    """What is claimed of NaN, inf and huge numbers that a row may not see."""
+    if not any(base.device.matches(wanted) for wanted in can.contains_nonfinite):
+        return
+    words = f"contains_nonfinite={can.contains_nonfinite}"
+    claim = Claim("contains_nonfinite", words, f"leave {base.device.type!r} out of it, or mend the kernel")
+    causal = {"is_causal": True}
+    yield _Draft("causal", claim, causal, ("contain",), quick=True)
+    yield _Draft("causal-transposed", claim, {**causal, "kv_heads": 2}, ("contain",), layout="transposed")
+    for kind in ("window", "dilated", "block_sparse"):
+        yield _Draft(f"{kind}-causal", claim, {**causal, "pattern": PATTERNS[kind]}, ("contain",))
 
 
 # ----------------------------------------------------------------------------------------------- what must be refused

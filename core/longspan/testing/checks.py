@@ -20,6 +20,7 @@ from longspan.testing import tolerance
 from longspan.testing.answers import SEED, Answer, answer, sight
 from longspan.testing.cases import Case
 from longspan.testing.claims import backward_of, claim_of, contract
+from longspan.testing.containment import breach_of_containment
 from longspan.testing.diagnosis import diagnose
 from longspan.testing.judge import check_shapes, judge_forward, judge_gradients
 from longspan.testing.outcome import Breach, Declined, Measure
@@ -180,6 +181,14 @@ def _edits(key: Tensor, value: Tensor, token: int) -> Iterator[tuple[str, str, T
             yield (name, words, copy, value) if name == "key" else (name, words, key, copy)
 
 
+def _contain(bench: Bench) -> Measures:
+    """What is not finite, or huge, reaches nothing that may not see it, forward and backward."""
+    problem = bench.problem()
+    made, inputs = bench.plan(problem), bench.inputs(False)
+    breach_of_containment(problem, made, inputs)
+    return ()
+
+
 def _repeat(bench: Bench) -> Measures:
     """The same inputs, the same bits, forward and backward; forward alone where no backward is to be had."""
     problem = bench.problem()
@@ -226,6 +235,7 @@ CHECKS: Mapping[str, Callable[[Bench], Measures]] = MappingProxyType(
         "lse-gradient": _lse_gradient,
         "joint": _joint,
         "leak": _leak,
+        "contain": _contain,
         "repeat": _repeat,
         "refuse": _refuse,
     }

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan import BlockLayout, Capabilities, Kernel, Problem, Reason, blockwise, containment, hookimpl
+from longspan import BlockLayout, Capabilities, Kernel, Problem, Reason, containment, hookimpl
 
 SCORES = 2**28
 """Query-key pairs that one launch may hold."""
@@ -32,6 +32,7 @@ def longspan_capabilities() -> Capabilities:
         causal=True,
         backward=True,
         deterministic=True,
+        contains_nonfinite=("cpu",),
         opt_in=True,
     )
 
@@ -64,9 +65,9 @@ def _dense_kernel(problem: Problem) -> Kernel:
         logs = scores.log_softmax(-1)
         lse = scores.amax(-1).sub_(logs.amax(-1))
         tainted = is_causal and not math.isfinite(v.sum())  # a masked weight of 0 times NaN is NaN
-        out = torch.bmm(logs.exp_(), torch.where(v.isfinite(), v, 0.0) if tainted else v).view(query.shape)
+        out = torch.bmm(logs.exp_(), containment.without(v, ~v.isfinite()) if tainted else v).view(query.shape)
         if tainted:
-            out += blockwise.taint(value)
+            out = containment.add_taint(out, value)
         return out.to(query.dtype), lse.view(query.shape[:3])
 
     def run(

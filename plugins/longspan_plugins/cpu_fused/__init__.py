@@ -51,6 +51,7 @@ def longspan_capabilities() -> Capabilities:
         query_offset=True,
         backward=True,
         deterministic=True,
+        contains_nonfinite=("cpu",),
         tier=35,
     )
 

@@ -34,6 +34,7 @@ def longspan_capabilities() -> Capabilities:
         dropout=True,
         backward=True,
         deterministic=True,
+        contains_nonfinite=("cpu",),
         tier=10,
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan import blockwise, containment
+from longspan import containment
 from longspan.containment import is_finite
 
 __all__ = ["backward", "forward"]
@@ -28,8 +28,8 @@ def forward(
     out, lse = _flash(query, key, value, 0.0, is_causal, scale=scale)
     group = query.shape[1] // key.shape[1]
     if is_causal and not is_finite(out):  # the operator multiplies masked weights, and 0 times NaN is NaN
-        out, lse = _flash(query, key, torch.where(value.isfinite(), value, 0.0), 0.0, True, scale=scale)
-        out = out + blockwise.taint(value).repeat_interleave(group, 1)
+        out, lse = _flash(query, key, containment.without(value, ~value.isfinite()), 0.0, True, scale=scale)
+        out = containment.add_taint(out, value.repeat_interleave(group, 1))
     if not lse.all() and not (is_finite(query) and is_finite(key)):  # it makes rows whose scores are all NaN zero
         bad = (~key.isfinite()).any(-1).repeat_interleave(group, 1)
         seen = bad.cummax(-1).values if is_causal else bad.any(-1, keepdim=True)
