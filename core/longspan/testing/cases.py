@@ -254,7 +254,7 @@ def _contained(base: Problem, can: Capabilities) -> Iterator[_Draft]:
     yield _Draft("causal", claim, causal, ("contain",), quick=True)
     yield _Draft("causal-transposed", claim, {**causal, "kv_heads": 2}, ("contain",), layout="transposed")
     for kind in ("window", "dilated", "block_sparse"):
-        yield _Draft(f"{kind}-causal", claim, {**causal, "pattern": PATTERNS[kind]}, ("contain",))
+        yield _Draft(f"{kind}-causal", claim, {**causal, "pattern": PATTERNS[kind]}, ("contain",), where=True)
 
 
 # ----------------------------------------------------------------------------------------------- what must be refused
