@@ -84,7 +84,7 @@ def _check_device(name: str, device: object) -> None:
         raise ArgumentError(f"Capabilities.{name}", brief(device), "a form such as cpu, cuda or cuda>=8.0", fix)
     word = match[1]
     if word not in (*DEVICES, *ELSEWHERE) and not _torch_knows(word):
-        raise _unknown("devices", device, DEVICES)
+        raise _unknown(name, device, DEVICES)
 
 
 def _torch_knows(device: str) -> bool:
@@ -98,7 +98,9 @@ def _torch_knows(device: str) -> bool:
 
 def _unknown(field: str, word: object, known: tuple[str, ...]) -> ArgumentError:
     text = str(word).removeprefix("torch.").lower()
-    near = MEANT[field].get(text) or next(iter(get_close_matches(text, known, n=1, cutoff=0.5)), "")
+    near = MEANT["devices" if field == "contains_nonfinite" else field].get(text) or next(
+        iter(get_close_matches(text, known, n=1, cutoff=0.5)), ""
+    )
     near = text if text in known else near
     fix = f"write {near!r}" if near else f"e.g. {field}=({known[0]!r},)"
     return ArgumentError(f"Capabilities.{field}", brief(word), f"names out of {', '.join(known)}", fix)
