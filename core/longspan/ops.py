@@ -210,22 +210,35 @@ class _TransformableBackward(Function):
         refuse_forward_mode()
 
 
-# vmap: the mapped dimension becomes part of the batch.
+# vmap: the mapped dimension becomes part of the batch. With dropout it is a loop: each mapped entry numbers its batch
+# entries from 0, as the same call outside of vmap does, and may have a seed of its own (randomness="different").
 
 
 @_attention.register_vmap
-def _(info: Any, in_dims: Any, query: Tensor, key: Tensor, value: Tensor, cu: Any, seed: Any, *rest: Any) -> Any:
-    _refuse_mapped(in_dims[3:5])
-    tensors = _fold(info, in_dims[:3], (query, key, value))
-    out, lse = _attention(*tensors, cu, seed, *rest)
+def _(info: Any, in_dims: Any, *given: Any) -> Any:
+    _refuse_mapped(in_dims[3])
+    if given[4] is not None:
+        return _one_by_one(_attention, info, in_dims, given), (0, 0)
+    out, lse = _attention(*_fold(info, in_dims[:3], given[:3]), *given[3:])
     return tuple(x.unflatten(0, (info.batch_size, -1)) for x in (out, lse)), (0, 0)
 
 
 @_attention_backward.register_vmap
 def _(info: Any, in_dims: Any, *given: Any) -> Any:
-    _refuse_mapped(in_dims[7:9])
+    _refuse_mapped(in_dims[7])
+    if given[8] is not None:
+        return _one_by_one(_attention_backward, info, in_dims, given), (0, 0, 0)
     grads = _attention_backward(*_fold(info, in_dims[:7], given[:7]), *given[7:])
     return tuple(x.unflatten(0, (info.batch_size, -1)) for x in grads), (0, 0, 0)
+
+
+def _one_by_one(operator: Any, info: Any, dims: tuple[Any, ...], given: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """The operator for each mapped entry, results stacked."""
+    results = []
+    for number in range(info.batch_size):
+        one = (x.select(d, number) if isinstance(d, int) else x for x, d in zip(given, dims, strict=True))
+        results.append(operator(*one))
+    return tuple(torch.stack(each) for each in zip(*results, strict=True))
 
 
 def _fold(info: Any, dims: tuple[int | None, ...], tensors: tuple[Tensor | None, ...]) -> list[Any]:
@@ -240,10 +253,10 @@ def _fold(info: Any, dims: tuple[int | None, ...], tensors: tuple[Tensor | None,
     return found
 
 
-def _refuse_mapped(dims: tuple[int | None, ...]) -> None:
-    for name, dim in zip(("cu_seqlens", "dropout_seed"), dims, strict=True):
-        if dim is not None:
-            raise ArgumentError(name, "a dimension mapped by vmap", "the same for all", "loop instead, or fix it")
+def _refuse_mapped(dim: int | None) -> None:
+    if dim is not None:
+        got = "a dimension mapped by vmap"
+        raise ArgumentError("cu_seqlens", got, "the same for all", "loop instead, or pass the same boundaries to all")
 
 
 def attend_in_graph(

@@ -103,20 +103,92 @@ def test_vmap_with_documents_and_fewer_key_heads():
         vmap(attend)(q, k, v, bounds.expand(3, 4))
 
 
-def test_vmap_and_dropout():
-    """vmap's own rule for random numbers holds; a mapped seed, one for each entry, is refused by its own name."""
+DROPPING = {"is_causal": True, "dropout_p": 0.5}
+
+
+@each_backend
+@each_pattern
+def test_vmap_with_a_fixed_dropout_seed_is_a_loop(backend, name):
+    """Each mapped entry numbers its batch entries from 0: it drops what the same call outside of vmap drops."""
     tensors = qkv(more=(3,))
 
-    def attend(q, k, v, seed=None):
-        return ls.attention(q, k, v, dropout_p=0.5, dropout_seed=seed)
+    def attend(q, k, v):
+        return ls.attention(q, k, v, PATTERNS[name], dropout_seed=7, backend=backend, **DROPPING)
+
+    looped = torch.stack([attend(*one) for one in zip(*tensors, strict=True)])
+    assert_close(vmap(attend)(*tensors), looped)
+    shared = vmap(attend, in_dims=(1, None, None), out_dims=1)(tensors[0].movedim(0, 1), tensors[1][0], tensors[2][0])
+    assert_close(shared, torch.stack([attend(q, tensors[1][0], tensors[2][0]) for q in tensors[0]], 1))
+
+
+def test_nested_vmap_with_a_fixed_dropout_seed_is_a_loop():
+    tensors = qkv(more=(2, 3))
+
+    def attend(q, k, v):
+        return ls.attention(q, k, v, dropout_seed=7, **DROPPING)
+
+    looped = [torch.stack([attend(*one) for one in zip(*row, strict=True)]) for row in zip(*tensors, strict=True)]
+    assert_close(vmap(vmap(attend))(*tensors), torch.stack(looped))
+
+
+def test_vmap_honours_its_rule_for_random_numbers():
+    """As of torch's own dropout: an error unless allowed, one draw for all, or one for each; never of a seed's name."""
+    q = k = torch.zeros(3, 2, 1, 64, 64, dtype=torch.float64)
+    value = torch.eye(64, dtype=torch.float64).expand(3, 2, 1, 64, 64)  # the result is the weights themselves
+
+    def attend(q, k, v):
+        return ls.attention(q, k, v, dropout_p=0.5)
+
+    with pytest.raises(RuntimeError, match="randomness") as caught:
+        vmap(attend)(q, k, value)
+    assert "dropout_seed" not in str(caught.value)
+    torch.manual_seed(3)
+    same = vmap(attend, randomness="same")(q, k, value)
+    torch.manual_seed(3)
+    once = attend(q[0], k[0], value[0])
+    assert all(torch.equal(one, once) for one in same)
+    different = vmap(attend, randomness="different")(q, k, value)
+    assert not any(torch.equal(different[i], different[j]) for i in range(3) for j in range(i))
+    for mask in (same, different):
+        assert 0.45 < (mask == 0).double().mean() < 0.55
+
+
+def test_gradients_of_each_example_with_dropout():
+    """vmap over grad, grad over vmap and jacrev, with a seed: all as in a loop of autograd's own."""
+    tensors = qkv(more=(3,), n=5, dim=3)
+
+    def attend(q, k, v):
+        return ls.attention(q, k, v, PATTERNS["all"], dropout_seed=7, **DROPPING).sin()
+
+    def by_autograd(*one):
+        leaves = [x.clone().requires_grad_() for x in one]
+        return torch.autograd.grad(attend(*leaves).sum(), leaves)
+
+    wanted = [torch.stack(x) for x in zip(*(by_autograd(*one) for one in zip(*tensors, strict=True)), strict=True)]
+    each = vmap(grad(lambda *x: attend(*x).sum(), argnums=(0, 1, 2)))(*tensors)
+    joint = grad(lambda *x: vmap(attend)(*x).sum(), argnums=(0, 1, 2))(*tensors)
+    for found in (each, joint):
+        for got, want in zip(found, wanted, strict=True):
+            assert_close(got, want)
+    one = [x[0] for x in tensors]
+    found = jacrev(attend, argnums=(0, 1, 2))(*one)
+    right = torch.autograd.functional.jacobian(attend, tuple(one))
+    for got, want in zip(found, right, strict=True):
+        assert_close(got, want)
+
+
+def test_vmap_over_grad_draws_for_each_example():
+    (q, k, v) = qkv(more=(3,))
+    q, k, v = (x[:1].expand_as(x) for x in (q, k, v))
+
+    def loss(q, k, v):
+        return ls.attention(q, k, v, dropout_p=0.5).sum()
 
     with pytest.raises(RuntimeError, match="randomness"):
-        vmap(attend)(*tensors)
-    assert vmap(attend, randomness="same")(*tensors).shape == tensors[0].shape
-    folded = attend(*(x.flatten(0, 1) for x in tensors), 5).view_as(tensors[0])
-    assert_close(vmap(lambda *one: attend(*one, 5))(*tensors), folded)
-    with pytest.raises(ls.ArgumentError, match="seed"):
-        vmap(attend, randomness="different")(*tensors)
+        vmap(grad(loss, argnums=2))(q, k, v)
+    same, different = (vmap(grad(loss, argnums=2), randomness=word)(q, k, v) for word in ("same", "different"))
+    assert torch.equal(same[0], same[1]) and torch.equal(same[0], same[2])
+    assert not torch.equal(different[0], different[1])
 
 
 @each_backend
