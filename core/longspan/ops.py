@@ -7,7 +7,9 @@ and the plan is made, or found, when the operator first meets real tensors.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +26,7 @@ from longspan.patterns import Pattern, decode
 from longspan.policy import in_force
 from longspan.tensors import wide_dtype
 
-__all__ = ["Operands", "attend_in_graph", "differentiate_in_graph", "find_plans_by"]
+__all__ = ["Operands", "attend_in_graph", "differentiate_in_graph", "find_plans_by", "serve_dtensors"]
 
 
 Operands = tuple[Pattern, bool, float | None, float, bool, Tensor | tuple[int, ...] | None, int | None, str]
@@ -259,6 +261,25 @@ def _refuse_mapped(dim: int | None) -> None:
         raise ArgumentError("cu_seqlens", got, "the same for all", "loop instead, or pass the same boundaries to all")
 
 
+@cache
+def _register_dtensors() -> None:
+    from longspan.sharding import serve
+
+    serve()
+
+
+def serve_dtensors() -> bool:
+    """Register what the operators do with DTensors, where somebody uses these: their import takes long."""
+    known = "torch.distributed.tensor" in sys.modules
+    if known:
+        _register_dtensors()
+    return known
+
+
+# What `torch.compiler.assume_constant_result` sets, so that a tracer runs it; to call that would import the compiler.
+serve_dtensors._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def attend_in_graph(
     query: Tensor,
     key: Tensor,
@@ -283,6 +304,7 @@ def attend_in_graph(
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             check_strided(name, tensor)
     refuse_tangents(query, key, value)
+    serve_dtensors()
     check_arguments(pattern, is_causal, enable_gqa, scale, dropout_p, cu_seqlens, query_offset)
     check_seed(seed)
     switches = is_causal, scale, dropout_p, enable_gqa, query_offset, policy

@@ -7,6 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from longspan.ops import serve_dtensors
 
 PROGRAM = """
 import json, sys
@@ -30,6 +33,21 @@ def test_the_import_leaves_the_compiler_out(brought):
     """`torch._dynamo` takes longer to import than torch itself."""
     assert "longspan.policy" in brought
     assert [name for name in brought if name.startswith(("torch._dynamo", "torch._inductor", "sympy"))] == []
+
+
+def test_the_import_leaves_distributed_tensors_out(brought):
+    assert [name for name in brought if name.startswith("torch.distributed.tensor")] == []
+
+
+def test_distributed_tensors_are_served_by_a_function_that_a_tracer_runs():
+    """The mark is set by hand, as torch's own function imports the compiler: it has to stay the same mark."""
+
+    @torch.compiler.assume_constant_result
+    def marked():
+        return ""
+
+    assert vars(marked).items() <= vars(serve_dtensors).items()
+    assert vars(marked), "torch marks the function itself"
 
 
 def test_the_import_leaves_the_command_line_and_the_tests_tools_out(brought):
