@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _is_tracing, _len_torch_dispatch_stack  # noqa: PLC2701 - torch has no public way to ask
+from torch._C import (  # noqa: PLC2701 - torch has no public way to ask these at so little cost
+    DispatchKey,
+    _dispatch_tls_is_dispatch_key_included,
+    _is_tracing,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
 from torch._C._functorch import is_legacy_batchedtensor, maybe_current_level  # noqa: PLC2701 - as above
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
@@ -44,6 +50,7 @@ def undisturbed(query: Any, key: Any, value: Any) -> bool:
         and query.layout is key.layout is value.layout is torch.strided
         and maybe_current_level() is None
         and not _len_torch_dispatch_stack()
+        and not (_len_torch_function_stack() and _before_dispatch())
         and not _is_tracing()
         and forward_ad._current_level < 0
     )
@@ -56,6 +63,11 @@ def undisturbed_gradient(dout: Tensor, dlse: Tensor | None, out: Tensor) -> bool
         and not is_legacy_batchedtensor(dout)
         and (dlse is None or not is_legacy_batchedtensor(dlse))
     )
+
+
+def _before_dispatch() -> bool:
+    """Whether a graph is recorded before autograd, always under a function mode; to ask costs more than all else."""
+    return _dispatch_tls_is_dispatch_key_included(DispatchKey.PreDispatch)
 
 
 def _plain(tensor: Any) -> bool:

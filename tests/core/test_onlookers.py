@@ -166,6 +166,16 @@ def test_subclasses_with_plain_memory_do_not_pay_for_the_operators(monkeypatch, 
 
 
 @each_call
+def test_a_function_mode_alone_does_not_pay_either(monkeypatch, call):
+    """`torch.device` as a context, and torch.set_default_device, are such modes."""
+    run, tensors = calls("cpu_fused")[call], qkv()
+    for module in ("longspan.attention", "longspan.plan"):
+        monkeypatch.setattr(sys.modules[module], "attend_in_graph", None)
+    with torch.device("cpu"):
+        run(*tensors)
+
+
+@each_call
 @pytest.mark.parametrize("which", range(3))
 @pytest.mark.parametrize("layout", [torch.Tensor.to_sparse, torch.Tensor.to_mkldnn], ids=["sparse", "mkldnn"])
 def test_other_layouts_are_refused_by_name_where_a_plan_is_cached(call, which, layout):
@@ -183,11 +193,12 @@ PATTERNS = {"dense": None, "dilated": ls.Dilated((8, 16), (1, 2)), "blocks": ls.
 
 @each_backend
 @each_call
-@pytest.mark.parametrize("tracing", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("tracing", ["real", "fake", "symbolic", "before autograd"])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_make_fx_records_the_operator(backend, call, tracing, pattern):
     run = calls(backend, PATTERNS[pattern])[call]
-    graph = make_fx(lambda *x: run(*x), tracing_mode=tracing)(*qkv())
+    options = {"pre_dispatch": True} if tracing == "before autograd" else {"tracing_mode": tracing}
+    graph = make_fx(lambda *x: run(*x), **options)(*qkv())
     others = [x.flip(0) for x in qkv()]
     assert_same(graph(*others), run(*others))
     assert [x.target for x in graph.graph.nodes].count(OPERATORS[0]) == 1
