@@ -35,6 +35,9 @@ class TopKBlocks(Pattern):
     your own must see to that itself: a row may depend on its first query and on what comes before it, no more. So
     `query_offset` matters: where the first query stands inside a block, it speaks for the rest of that block.
 
+    Of equal scores the first is taken. Blocks of equal keys need not score equal to the last bit, as their products are
+    summed in different orders; which of them is taken is the same in every run, and otherwise a matter of rounding.
+
     With packed documents each document has blocks and a choice of its own; one with fewer than `k` blocks keeps all.
 
     The scorer is called as `scorer(query, key, scoring)` with the tensors as attention gets them (of one document,

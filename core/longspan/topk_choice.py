@@ -24,7 +24,7 @@ __all__ = ["BlockChoice", "Part", "best", "layouts_of"]
 
 
 def best(scores: Tensor, scoring: BlockScoring, k: int) -> Tensor:
-    """The `k` best candidates of each row, or all of them where there are fewer; of equal ones the first.
+    """The `k` best candidates of each row, or all of them where there are fewer; of equal scores the first.
 
     Under causality the row's own block is always among them.
 

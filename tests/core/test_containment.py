@@ -9,6 +9,7 @@ import torch
 
 import longspan as ls
 from longspan import containment
+from longspan_plugins.cpu_fused import composed
 
 BAD = (math.inf, -math.inf, math.nan)
 N, HIDDEN = 64, 40
@@ -25,8 +26,8 @@ def tensors(dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
 def test_a_bound_beyond_the_dtype_still_finds_inf(dtype, bad):
     rows = torch.ones(1, 1, 3, 2, dtype=dtype)
     rows[0, 0, 1, 0] = bad
-    assert containment._bad(rows, 2.3e18).tolist() == [[[[False], [True], [False]]]]
-    assert containment._bad(rows, math.inf).tolist() == [[[[False], [True], [False]]]]
+    assert containment._bad(rows, 2.3e18).view(3).tolist() == [False, True, False]
+    assert containment._bad(rows, math.inf).view(3).tolist() == [False, True, False]
 
 
 @each_dtype
@@ -45,3 +46,41 @@ def test_past_rows_and_their_gradients_stay_finite(dtype, backend, pattern, bad)
         (dquery,) = torch.autograd.grad(out, edited[:1], dout)
         for one in (out, lse, dquery):
             assert bool(one[:, :, :HIDDEN].isfinite().all())
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("n", [512, 700])
+def test_tiles_of_torchs_products_keep_the_bits_of_the_past(bad, n):
+    """What serves dense float32 attention where there is no C compiler."""
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, 2, n, 32, generator=generator) for _ in range(3))
+    kernel = composed.kernel(ls.Problem.like(q, k, v, is_causal=True))
+    out, lse = kernel.forward(q, k, v)
+    for which in (1, 2):
+        edited = [q, k.clone(), v.clone()]
+        edited[which][:, 1, n - 90, 5] = bad
+        new, new_lse = kernel.forward(*edited)
+        assert torch.equal(new[:, :, : n - 90], out[:, :, : n - 90]) and torch.equal(new[:, 0], out[:, 0])
+        assert torch.equal(new_lse[:, :, : n - 90], lse[:, :, : n - 90])
+        assert which == 1 or not bool(new[:, 1, n - 90 :, 5].isfinite().any())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_score_of_inf_makes_nan_not_zero(dtype, causal):
+    q, k, v, _ = (one.abs() for one in tensors(dtype))
+    k[0, 1, HIDDEN, 2] = math.inf
+    out, lse = ls.attention(q, k, v, is_causal=causal, backend="sdpa", return_lse=True)
+    first = HIDDEN if causal else 0
+    assert bool(out[:, 1, first:].isnan().all()) and bool(lse[:, 1, first:].isnan().all())
+    assert bool(out[:, 0].isfinite().all()) and bool(out[:, 1, :first].isfinite().all())
+
+
+def test_a_copy_lies_as_the_tensor_does():
+    base = torch.arange(2.0 * 5 * 3 * 7).view(2, 5, 3, 7)
+    repeated = base[:1, :, :1].expand(4, 5, 3, 7)
+    for tensor in (base, base.transpose(1, 2), base[:, 1:, :, 2:6], base[..., 1::2], repeated, base[:, :0]):
+        bad = tensor == 9.0
+        found = containment.without(tensor, bad)
+        assert torch.equal(found, tensor.masked_fill(bad, 0.0)) and found.stride() == tensor.stride()
+        assert not tensor.numel() or found.data_ptr() % 64 == tensor.data_ptr() % 64

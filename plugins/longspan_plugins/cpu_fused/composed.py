@@ -12,7 +12,7 @@ import torch
 from attrs import evolve
 from torch import Tensor
 
-from longspan import Kernel, Problem
+from longspan import Kernel, Problem, containment
 from longspan_plugins import pascal_fp32, sdpa
 
 __all__ = ["kernel"]
@@ -44,12 +44,16 @@ def _has_products() -> bool:
 class _Tiles:
     def __init__(self, problem: Problem) -> None:
         self._is_causal, self._scale = problem.is_causal, problem.scale
-        self._usual: Any = sdpa.longspan_kernel(problem).forward
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        if self._is_causal and not bool(value.isfinite().all() & key.isfinite().all()):
-            result: tuple[Tensor, Tensor] = self._usual(query, key, value)  # it keeps NaN from the rows before it
-            return result
+        if not self._is_causal or containment.is_finite(value):
+            return self._attend(query, key, value)
+        # A masked weight of 0 times NaN is NaN: attend to the finite values, in the same memory layout.
+        out, lse = self._attend(query, key, containment.without(value, ~value.isfinite()))
+        group = query.shape[1] // key.shape[1]
+        return containment.add_taint(out, value.repeat_interleave(group, 1)), lse
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         product: Any = torch.ops.mkldnn._linear_pointwise  # x @ w.T
         out = torch.empty(query.shape, dtype=query.dtype, device="cpu")
         lse = torch.empty(query.shape[:3], dtype=query.dtype, device="cpu")

@@ -35,6 +35,9 @@ def forward(
         seen = bad.cummax(-1).values if is_causal else bad.any(-1, keepdim=True)
         zeroed = (lse == 0) & ((~query.isfinite()).any(-1) | seen)
         out, lse = out.masked_fill(zeroed.unsqueeze(-1), math.nan), lse.masked_fill(zeroed, math.nan)
+    if query.element_size() == 2 and not math.isfinite(lse.sum()):  # and in half precision those with a score of inf
+        overflown = lse == math.inf
+        out, lse = out.masked_fill(overflown.unsqueeze(-1), math.nan), lse.masked_fill(overflown, math.nan)
     return out, lse
 
 
