@@ -9,6 +9,7 @@ import torch
 
 import longspan as ls
 from longspan import containment
+from longspan.testing import cases_for, run_case
 from longspan_plugins.cpu_fused import composed
 
 BAD = (math.inf, -math.inf, math.nan)
@@ -84,3 +85,48 @@ def test_a_copy_lies_as_the_tensor_does():
         found = containment.without(tensor, bad)
         assert torch.equal(found, tensor.masked_fill(bad, 0.0)) and found.stride() == tensor.stride()
         assert not tensor.numel() or found.data_ptr() % 64 == tensor.data_ptr() % 64
+
+
+class Multiplies:
+    """A backend whose backward multiplies what it hides with weights of 0."""
+
+    def __init__(self, devices: tuple[str, ...]) -> None:
+        self.devices = devices
+
+    @ls.hookimpl
+    def longspan_capabilities(self):
+        return ls.Capabilities(
+            devices=("cpu",),
+            dtypes=("float32",),
+            patterns=("dense",),
+            causal=True,
+            backward=True,
+            contains_nonfinite=self.devices,
+        )
+
+    @ls.hookimpl
+    def longspan_kernel(self, problem):
+        given = {"is_causal": problem.is_causal, "scale": problem.scale}
+
+        def backward(dout, query, key, value, out, lse):
+            scores = query @ key.mT * problem.scale
+            if problem.is_causal:
+                scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -math.inf)
+            weights = (scores - lse.unsqueeze(-1)).exp()
+            slope = weights * (dout @ value.mT - (dout * out).sum(-1, keepdim=True)) * problem.scale
+            return slope @ key, slope.mT @ query, weights.mT @ dout
+
+        return ls.Kernel(lambda q, k, v: ls.blockwise.forward(q, k, v, **given), backward)
+
+
+@pytest.mark.parametrize("devices", [(), ("cpu",), ("cuda",)])
+def test_the_kit_tests_the_claim_where_it_is_made(devices):
+    ls.register(Multiplies(devices), name="multiplies")
+    try:
+        cases = [case for case in cases_for("multiplies", quick=True) if case.check == "contain"]
+        outcomes = [run_case("multiplies", case) for case in cases]
+    finally:
+        ls.unregister("multiplies")
+    assert [one.status for one in outcomes] == ["failed"] * (devices == ("cpu",))
+    for one in outcomes:
+        assert one.claim.field == "contains_nonfinite" and "numbers of d" in one.reason
