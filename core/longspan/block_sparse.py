@@ -27,8 +27,9 @@ class BlockSparse(Pattern):
     """Every query sees the keys of some blocks, with one softmax over all of them; a row without a block gives zero.
 
     Patterns of block-sparse attention come from builders (`local_blocks`, `global_blocks`, `bigbird`, ...) and compose:
-    `a | b` keeps what either keeps, `a & b` what both keep, `~a` what `a` does not, `a.causal()` what lies at the
-    query or before it. A `SlidingWindow` or `Dense` may be an operand. Of two block sizes, one must divide the other;
+    `a | b` keeps what either keeps, `a & b` what both keep, `~a` what `a` does not (`a.complement()`, where a function
+    is compiled with fullgraph=True: torch's tracer has no rule for `~`), `a.causal()` what lies at the query or before
+    it. A `SlidingWindow` or `Dense` may be an operand. Of two block sizes, one must divide the other;
     the result has the smaller. With packed documents, a pattern starts anew in each document.
 
     Args:
@@ -76,7 +77,7 @@ class BlockSparse(Pattern):
         return self.complement()
 
     def complement(self) -> BlockSparse:
-        """What this pattern does not keep: `~pattern`, in a form that torch.compile can trace."""
+        """What this pattern does not keep: `~pattern`, in a form that torch.compile traces without a break."""
         return BlockSparse(self.block_size, self.layout.complement())
 
     def causal(self) -> BlockSparse:

@@ -346,6 +346,35 @@ def test_patterns_built_inside_from_a_number_that_changes(build):
         assert_same([compiled(*tensors, n)], [attend(*tensors, n)])
 
 
+NEAR, FIRST = ls.local_blocks(9, block_size=4), ls.global_blocks(2, block_size=4)
+COMPOSED = {
+    "or": lambda: NEAR | FIRST,
+    "and": lambda: NEAR & ls.SlidingWindow(3, 0),
+    "a window on the left": lambda: ls.SlidingWindow(3, 0) | FIRST,
+    "complement": lambda: NEAR.complement() | FIRST,
+    "built inside": lambda: ls.local_blocks(9, block_size=4) & ls.strided_blocks(2, block_size=4).complement(),
+    "not": lambda: ~NEAR,
+    "not, built inside": lambda: ~(ls.local_blocks(9, block_size=4) | ~FIRST),
+}
+
+
+@pytest.mark.parametrize("compose", COMPOSED)
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_patterns_composed_inside(compose, fullgraph):
+    """dynamo has no rule for `~` on anybody's object: it breaks the graph there, and refuses a whole one."""
+
+    def attend(q, k, v):
+        return ls.attention(q, k, v, COMPOSED[compose](), is_causal=True)
+
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=fullgraph)
+    if compose.startswith("not") and fullgraph:
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="invert"):
+            compiled(*qkv(grad=False))
+        return
+    tensors = qkv()
+    assert_same(run(compiled, tensors), run(attend, tensors))
+
+
 # --- no storm of recompilations -----------------------------------------------------------------------------------
 
 
