@@ -40,7 +40,8 @@ class ArenaStats:
     """What an arena holds and did. Bytes: `held` in all, `leased` of them in use, `peak` the most ever held.
 
     Requests: `reused` got memory that was there, `fresh` a new block, `passed` went on to torch's allocator. Blocks:
-    `withdrawn` were kept by somebody beyond their lease, `dropped` were given back to torch.
+    `withdrawn` were kept by somebody beyond their lease, `dropped` were given back to torch. `shortages`: how often a
+    call ran out of memory and all that nobody used was given back, so that it could run again.
     """
 
     held: int
@@ -52,6 +53,7 @@ class ArenaStats:
     passed: int
     withdrawn: int
     dropped: int
+    shortages: int = 0
 
 
 class BufferArena:
@@ -78,7 +80,7 @@ class BufferArena:
         self._left: deque[int] = deque()  # tenants that died while the lock was held, perhaps by this very thread
         self._numbers = itertools.count(1)
         self._held = self._peak = 0
-        self._reused = self._fresh = self._passed = self._withdrawn = self._dropped = 0
+        self._reused = self._fresh = self._passed = self._withdrawn = self._dropped = self._shortages = 0
         _arenas.add(self)
 
     def tenant(self, device: str = "cpu") -> Tenant:
@@ -137,6 +139,15 @@ class BufferArena:
         self._settle()
         return sum(block.size for block in gone)
 
+    def give_back(self) -> int:
+        """`trim`, for a call that ran out of memory; counted in the statistics where that freed any."""
+        freed = self.trim()
+        if freed:
+            with self._lock:
+                self._shortages += 1
+            self._settle()
+        return freed
+
     @property
     def stats(self) -> ArenaStats:
         """What it holds now and did so far."""
@@ -144,7 +155,7 @@ class BufferArena:
             self._settle()
             with self._lock:
                 leased = sum(block.size for block in self._blocks if not block.is_free())
-                counts = self._reused, self._fresh, self._passed, self._withdrawn, self._dropped
+                counts = self._reused, self._fresh, self._passed, self._withdrawn, self._dropped, self._shortages
                 found = ArenaStats(self._held, leased, self._peak, len(self._blocks), *counts)
             if not self._left:
                 break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +13,7 @@ from torch.autograd import Function
 from longspan.dropout import Draw
 from longspan.errors import LongspanError
 from longspan.ordinary import undisturbed_gradient
+from longspan.shortage import spared
 
 __all__ = ["Differentiable", "Runner", "no_graph"]
 
@@ -66,7 +68,7 @@ class Differentiable(Function):
         with torch.no_grad():
             dout = torch.zeros_like(out) if dout is None else dout
             if undisturbed_gradient(dout, dlse, out):
-                grads = ctx.runner.backward(dout, query, key, value, out, lse, ctx.draw, dlse)
+                grads = spared(partial(ctx.runner.backward, dout, query, key, value, out, lse, ctx.draw, dlse))
             else:
                 grads = ctx.in_graph(ctx.draw, dout, dlse, query, key, value, out, lse)
         if torch.is_grad_enabled():  # create_graph=True

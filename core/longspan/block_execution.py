@@ -144,29 +144,34 @@ def run_block_backward(
         dquery = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         if not _covers(jobs, query):
             dquery.zero_()
+
+        def launch(job: Job, chunk: Chunk) -> None:
+            """A function, so that nothing refers to the scratch memory when that is given back."""
+            at = Queries(job, chunk)
+            do, q, o = (at.read(x) for x in (dout, query, out))
+            row_lse, row_dlse = (None if x is None else at.read(x).squeeze(-1) for x in lines)
+            dq: Tensor | None = None
+            for columns in job.group.columns:
+                there = Keys(job, chunk, columns)
+                given = {} if draw is None else {"dropout": _dropout(draw, job, chunk, there, query)}
+                k, v = there.read(key, scratch, "k"), there.read(value, scratch, "v")
+                if columns.tiles is None:
+                    run: Any = steps[job.queries, columns.keys].backward
+                else:
+                    mask = _mask(job, chunk, columns, masks)
+                    run = partial(blockwise.backward, is_causal=False, scale=scale, mask=mask)
+                    q, k, v = q.to(wide), k.to(wide), v.to(wide)  # gradients come in their dtypes
+                some, dk, dv = run(do, q, k, v, o, row_lse, dlse=row_dlse, **given)
+                there.add(dkey, dk)
+                there.add(dvalue, dv)
+                dq = some if dq is None else dq.to(wide) + some
+                del some, dk, dv
+            assert dq is not None  # a group has columns
+            at.store(dquery, dq)
+
         for job in jobs:
             for chunk in job.backward:
-                at = Queries(job, chunk)
-                do, q, o = (at.read(x) for x in (dout, query, out))
-                row_lse, row_dlse = (None if x is None else at.read(x).squeeze(-1) for x in lines)
-                dq: Tensor | None = None
-                for columns in job.group.columns:
-                    there = Keys(job, chunk, columns)
-                    given = {} if draw is None else {"dropout": _dropout(draw, job, chunk, there, query)}
-                    k, v = there.read(key, scratch, "k"), there.read(value, scratch, "v")
-                    if columns.tiles is None:
-                        run: Any = steps[job.queries, columns.keys].backward
-                    else:
-                        mask = _mask(job, chunk, columns, masks)
-                        run = partial(blockwise.backward, is_causal=False, scale=scale, mask=mask)
-                        q, k, v = q.to(wide), k.to(wide), v.to(wide)  # gradients come in their dtypes
-                    some, dk, dv = run(do, q, k, v, o, row_lse, dlse=row_dlse, **given)
-                    there.add(dkey, dk)
-                    there.add(dvalue, dv)
-                    dq = some if dq is None else dq.to(wide) + some
-                    del some, dk, dv
-                assert dq is not None  # a group has columns
-                at.store(dquery, dq)
+                launch(job, chunk)
         return dquery, dkey.to(key.dtype), dvalue.to(value.dtype)
 
 

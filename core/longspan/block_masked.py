@@ -106,15 +106,21 @@ class MaskedStep(Step):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
         """The kernel's forward under the mask."""
         with self._mask(query) as mask:
-            return super().forward(query, key, value, mask=mask, **given)
+            try:
+                return super().forward(query, key, value, mask=mask, **given)
+            finally:
+                del mask  # else the memory behind it would not come back
 
     def backward(self, *tensors: Tensor, dlse: Tensor | None, **given: Any) -> tuple[Tensor, Tensor, Tensor]:
         """The kernel's backward under the mask, or the core's."""
         with self._mask(tensors[0]) as mask:
-            if self._backward is not None and dlse is None:
-                return super().backward(*tensors, dlse=None, mask=mask, **given)
-            given |= {"is_causal": False, "scale": self.scale, "dlse": dlse, "mask": mask == 0}
-            return blockwise.backward(*tensors, **given)
+            try:
+                if self._backward is not None and dlse is None:
+                    return super().backward(*tensors, dlse=None, mask=mask, **given)
+                given |= {"is_causal": False, "scale": self.scale, "dlse": dlse, "mask": mask == 0}
+                return blockwise.backward(*tensors, **given)
+            finally:
+                del mask
 
     @contextmanager
     def _mask(self, like: Tensor) -> Iterator[Tensor]:

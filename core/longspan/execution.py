@@ -92,7 +92,12 @@ def run_forward(
         query_strides = (query.stride(), out.stride(), (*lse.stride(), 1))
         key_strides = (key.stride(), value.stride())
         k = _first_key(query_strides, draw)
-        for call, step, block, given in _launches(layout, steps, draw, query, query_strides, key_strides):
+
+        def launch(call: Call, step: Step, block: Block, given: dict[str, Any]) -> None:
+            """A function, so that nothing refers to the scratch memory when that is given back.
+
+            Nor to a launch's results: two at once are twice the memory, and the heap trims what is freed.
+            """
             q, keys, values = block.query_side(query, 0), block.key_side(key, k), block.key_side(value, k + 1)
             if call.flipped:
                 q, keys, values = scratch.flip("q", q), scratch.flip("k", keys), scratch.flip("v", values)
@@ -105,7 +110,9 @@ def run_forward(
             else:
                 part = scratch.widen("wide", part, wide)
                 merge_(block.query_side(out, 1), block.line_side(lse, 2), part, part_lse)
-            del part, part_lse  # two launches' results at once are twice the memory, and the heap trims what is freed
+
+        for one in _launches(layout, steps, draw, query, query_strides, key_strides):
+            launch(*one)
         return out.to(query.dtype), lse
 
 

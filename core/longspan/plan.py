@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Never
 
 import torch
@@ -19,6 +20,7 @@ from longspan.ordinary import undisturbed
 from longspan.policy import Policy
 from longspan.resolve import demand
 from longspan.runners import make_runner
+from longspan.shortage import give_back, once_more, spared
 from longspan.spec import Forward, Problem, Resolution
 from longspan.tensors import wide_dtype
 from longspan.topk_runner import ChoosingRunner
@@ -120,6 +122,14 @@ class Plan:
             check_seed(seed)
         if self._dropout_p:
             draw = Draw(self._dropout_p, draw_seed() if seed is None else seed, self.problem.query_offset)
+        try:
+            return self._run(query, key, value, draw)
+        except Exception as error:
+            if not (freed := give_back(error)):
+                raise
+        return once_more(partial(self._run, query, key, value, draw), freed)
+
+    def _run(self, query: Tensor, key: Tensor, value: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:
         if isinstance(self._runner, ChoosingRunner):  # autograd follows it inside: a scorer may have a gradient
             return self._runner.attend(query, key, value, draw)
         if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
@@ -172,7 +182,7 @@ class Plan:
         self._check(query, key, value)
         self._check_results(dout, query, out, lse, dlse)
         draw = Draw(self.problem.dropout_p, seed, self.problem.query_offset) if self.problem.dropout_p else None
-        return self._runner.backward(dout, query, key, value, out, lse, draw, dlse)
+        return spared(partial(self._runner.backward, dout, query, key, value, out, lse, draw, dlse))
 
     def _differentiate_in_graph(self, draw: Draw | None, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
         """The backward by its operator."""
