@@ -106,7 +106,7 @@ class TopKBlocks(Pattern):
         if self.scorer is not None or self.scorer_gradient != "none":
             raise ArgumentError(
                 "pattern",
-                f"{self.spec} in torch.compile or torch.func",
+                f"{self.spec} where torch traces, maps or wraps",
                 "TopKBlocks with the default scorer and without its gradient, in a graph",
                 "call attention in a function under torch.compiler.disable",
             )

@@ -226,6 +226,16 @@ def test_a_second_derivative_is_refused():
         first.sum().backward()
 
 
+def test_compiled_autograd_takes_the_backwards_operator():
+    """The forward ran eagerly; what the compiler traces is its backward."""
+    plain, traced = qkv(), qkv()
+    ls.attention(*plain, PATTERNS["all"], is_causal=True).sin().sum().backward()
+    out = ls.attention(*traced, PATTERNS["all"], is_causal=True).sin().sum()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        out.backward()
+    assert_same([x.grad for x in traced], [x.grad for x in plain])
+
+
 # --- what the graph holds ---------------------------------------------------------------------------------------
 
 
