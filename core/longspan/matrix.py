@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from longspan.spec import BackendInfo, Capabilities
 
-__all__ = ["render_matrix"]
+__all__ = ["HEADINGS", "matrix_cells", "render_matrix"]
 
 HEAD = """# Support matrix
 
@@ -15,17 +15,34 @@ it is stale. What a backend does not run natively, the core lowers to its dense 
 """
 
 
+HEADINGS = (
+    "backend",
+    "devices",
+    "dtypes",
+    "native patterns",
+    "arguments",
+    "backward",
+    "keeps NaN apart",
+    "head_dim",
+    "auto",
+)
+
+
 def render_matrix(rows: Iterable[BackendInfo]) -> str:
     """Markdown: one line a loaded backend, and one for each that is not, with the reason."""
-    loaded = [(row, row.capabilities) for row in rows if row.capabilities is not None]
-    lines = [
-        HEAD,
-        "| backend | devices | dtypes | native patterns | arguments | backward | keeps NaN apart | head_dim | auto |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row, can in loaded:
-        cells = (
-            f"`{row.name}`",
+    loaded = [row for row in rows if row.capabilities is not None]
+    lines = [HEAD, f"| {' | '.join(HEADINGS)} |", "|---" * len(HEADINGS) + "|"]
+    for name, *cells in matrix_cells(loaded):
+        lines.append(f"| {' | '.join([f'`{name}`', *cells])} |")
+    lines += ["", *(f"- `{row.name}`: {row.description}" for row in loaded), ""]
+    return "\n".join(lines)
+
+
+def matrix_cells(rows: Iterable[BackendInfo]) -> list[tuple[str, ...]]:
+    """The cells below `HEADINGS`, of each loaded backend."""
+    return [
+        (
+            row.name,
             ", ".join(can.devices),
             ", ".join(can.dtypes),
             ", ".join(can.patterns),
@@ -35,9 +52,9 @@ def render_matrix(rows: Iterable[BackendInfo]) -> str:
             _head_dim(can),
             _auto(row, can),
         )
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", *(f"- `{row.name}`: {row.description}" for row, _ in loaded), ""]
-    return "\n".join(lines)
+        for row in rows
+        if (can := row.capabilities) is not None
+    ]
 
 
 def _arguments(can: Capabilities) -> list[str]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 
 import pytest
 import torch
-from rich.console import Console
 
 import longspan as ls
 from longspan import cli
@@ -178,8 +176,17 @@ def test_transformers_that_is_missing_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(LongspanError, match=r"pip install 'longspan\[bench\]'"):
         rivals.need_transformers()
-    code, out, err = bench(capsys, "--quick")
+    code, out, err = bench(capsys, "--parts", "flex,transformers")
     assert code != 0 and not out and "longspan[bench]" in err
+
+
+def test_without_transformers_the_rest_runs_and_says_how_to_get_them(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr(block_sparse, "perform", lambda steps, on_step: ran.extend(words for words, _ in steps) or True)
+    ran = []
+    code, out, _ = bench(capsys, "--quick")
+    assert code == 0 and "note: " in out and "longspan[bench]" in out
+    assert ran and not any("Longformer" in words for words in ran) and any("FlexAttention" in words for words in ran)
 
 
 # -------------------------------------------------------------------------------------------------- a million, and less
@@ -198,13 +205,11 @@ def test_a_long_window_is_measured_in_stages():
     assert all("beyond" in one for one in found[2:])
 
 
-def test_the_bar_is_drawn_on_terminals_alone():
-    what = LongWindow("reference", 64, 7, threads=1, calls=1, block_size=16)
-    drawn, silent = io.StringIO(), io.StringIO()
-    measure_window(what, Console(file=drawn, force_terminal=True, width=100))
-    assert "N=64" in drawn.getvalue() and "backward" in drawn.getvalue()
-    measure_window(what, Console(file=silent, force_terminal=False))
-    assert silent.getvalue() == ""
+def test_each_stage_is_announced():
+    said = []
+    measure_window(LongWindow("reference", 64, 7, threads=1, calls=1, block_size=16), said.append)
+    assert [words.rpartition(": ")[2] for words in said] == ["index", "plan", "forward", "backward", "backward"]
+    assert all("N=64" in words for words in said)
 
 
 def test_a_process_that_fails_is_an_error(capfd):
@@ -220,7 +225,7 @@ def test_a_million_is_held_to_its_limits(monkeypatch):
         *({"stage": "forward", "seconds": float(n), "beyond": 200_000_000 + 100_000_000 * (n == 2)} for n in (3, 2, 1)),
         {"stage": "backward", "seconds": 5.0, "beyond": 400_000_000},
     ]
-    monkeypatch.setattr(block_sparse, "measure_window", lambda what: stages)
+    monkeypatch.setattr(block_sparse, "measure_window", lambda what, on_stage: stages)
     rows = Rows()
     block_sparse.million(rows, LongWindow("mine", 2**20, 1024, 2))
     assert [(row["figure"], row.get("holds")) for row in rows.rows] == [
@@ -245,7 +250,7 @@ def test_a_million_is_held_to_its_limits(monkeypatch):
 def test_it_is_listed_and_runs_the_parts_asked_for(capsys, monkeypatch):
     assert "block-sparse" in {one.NAME for one in catalog.benches()}
     asked = []
-    monkeypatch.setattr(block_sparse, "measure_window", lambda what: asked.append(what) or _stages(what))
+    monkeypatch.setattr(block_sparse, "measure_window", lambda what, on_stage: asked.append(what) or _stages(what))
     before = torch.get_num_threads()
     code, out, _ = bench(capsys, "--parts", "million", "--threads", "2", "--backend", "sdpa", "--json")
     assert code == 0

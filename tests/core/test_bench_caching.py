@@ -7,8 +7,9 @@ import json
 import pytest
 
 from longspan import cli
-from longspan.bench import catalog
+from longspan.bench import cache, catalog
 from longspan.bench.sidebyside import faults, interleave, machine, ratio, resident, summary
+from longspan.bench.steps import perform
 
 
 def run(capsys, *arguments):
@@ -23,6 +24,33 @@ def test_the_benches_are_listed(capsys):
     assert code == 0
     assert all(one.NAME in out for one in catalog.benches())
     assert {"cache", "buffers", "stress"} <= {one.NAME for one in catalog.benches()}
+
+
+def test_the_list_is_json_for_machines(capsys):
+    code, out, _ = run(capsys, "--json")
+    assert code == 0 and [one["name"] for one in json.loads(out)] == [one.NAME for one in catalog.benches()]
+    assert all(one["help"] for one in json.loads(out))
+
+
+def test_steps_are_announced_and_an_interruption_keeps_what_there_is(capsys, monkeypatch):
+    seen, found = [], []
+
+    def stop():
+        raise KeyboardInterrupt
+
+    given = [("one", lambda: found.append(1)), ("two", stop), ("three", lambda: found.append(3))]
+    assert perform(given, lambda *step: seen.append(step)) is False
+    assert found == [1] and seen == [("one", 0, 3), ("two", 1, 3)]
+    monkeypatch.setattr(cache, "_model", stop)
+    code, out, err = run(capsys, "cache", "--rounds", "1")
+    assert code == 130 and "hit / added_us" in out and "interrupted" in err and "Traceback" not in err
+    assert "[1/6] a hit" in err
+
+
+@pytest.mark.parametrize("given", [("--rounds", "0"), ("--longest", "-1"), ("--rounds", "many")])
+def test_numbers_that_no_bench_can_take(capsys, given):
+    code, out, err = run(capsys, "cache", *given)
+    assert (code, out) == (2, "") and given[1] in err and "Next: " in err
 
 
 def test_an_unknown_bench_gets_the_nearest(capsys):
@@ -49,7 +77,7 @@ def test_json_and_a_file_are_the_same(capsys, tmp_path):
 
 
 def test_a_file_that_cannot_be_written(capsys, tmp_path):
-    code, _, err = run(capsys, "stress", "--seconds", "0.1", "--threads", "2", "--output", str(tmp_path))
+    code, _, err = run(capsys, "stress", "--seconds", "600", "--output", str(tmp_path))  # refused before the work
     assert code == 2 and "--output" in err
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -202,8 +203,28 @@ def test_explain_answers_for_any_device(cli, device, pattern):
 
 def test_explain_is_what_the_library_says(cli):
     _, out, _ = cli("explain", "--shape", "2,8,100,32", "--kv-shape", "2,4,50,32", "--device", "sm_90", "--json")
-    problem = ls.Problem(batch=2, heads=8, q_len=100, head_dim=32, kv_heads=4, kv_len=50, device="sm_90")
+    given = {"batch": 2, "heads": 8, "q_len": 100, "head_dim": 32, "kv_heads": 4, "kv_len": 50}
+    problem = ls.Problem(**given, device="sm_90", dtype="bfloat16")
     assert json.loads(out) == json.loads(ls.explain(problem).to_json())
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        ("cpu", "float32"),
+        ("mps", "float32"),
+        ("sm_61", "float32"),
+        ("sm_75", "float16"),
+        ("cuda", "float16"),
+        ("sm_90", "bfloat16"),
+        ("gfx942", "bfloat16"),
+    ],
+)
+def test_explain_takes_the_dtype_that_a_device_is_used_with(cli, device, dtype):
+    _, out, _ = cli("explain", "--device", device)
+    assert out.startswith(f"dense q=(1,8,8192,64) {dtype} {device}") and f"note: in {dtype}, as {device} is used" in out
+    _, out, _ = cli("explain", "--device", device, "--dtype", "float64")
+    assert out.startswith(f"dense q=(1,8,8192,64) float64 {device}") and "is used" not in out
 
 
 def test_explain_says_how_much_work_a_pattern_is(cli):
@@ -241,13 +262,16 @@ def test_demo_as_json(cli):
     data = json.loads(out)
     assert code == 0 and data["ok"] is True and data["failures"] == [] and "error: " not in err
     assert data["tokens"] == data["tokens_wanted"] == 1024 and data["device"].startswith("cpu")
-    assert data["dense"].keys() == {"tokens", "whole", "ms", "runs"} and data["dense"]["ms"] > 0
+    dense = data["dense"]
+    assert dense.keys() == {"tokens", "ms", "measured", "extrapolated"} and dense["ms"] > 0
+    assert [one["tokens"] for one in dense["measured"]] == [512, 1024] and dense["extrapolated"] is False
+    assert data["interrupted"] is False
     rows = {row["name"]: row for row in data["backends"]}
     for name in ("sdpa", "reference"):
         row = rows[name]
         assert row.keys() == {
             "name", "state", "chosen", "reasons", "failure", "ms", "runs", "tokens_per_s", "peak_mib", "error",
-            "tokens", "compared_tokens", "compared_ms", "speedup",
+            "tokens", "dense_ms", "dense_extrapolated", "speedup",
         }  # fmt: skip
         assert row["state"] == "ran" and 0 < row["error"] <= data["tolerance"] < 1e-5
         assert row["ms"] > 0 and row["tokens_per_s"] > 0 and row["speedup"] > 0
@@ -259,27 +283,29 @@ def test_demo_as_a_table(cli, text, register):
     register("elsewhere", Backend(devices=("mps",)))
     code, out, err = cli("demo", text, "--tokens", 500, "--device", "cpu")
     assert code == 0 and "error: " not in err
-    for words in ("500 tokens, the bytes of", str(text), "tokens/s", "peak MiB", "auto took ", "× dense SDPA"):
+    for words in ("500 tokens, the bytes of", str(text), "tokens/s", "MiB", "auto took ", "× dense"):
         assert words in out
-    assert (
-        "elsewhere: device is cpu (needs mps); fix: " in out and "no: device" in out and "n/a" in out and "…" not in out
-    )
+    assert "elsewhere: device is cpu (needs mps); fix: " in out and "…" not in out and "~" not in out
     assert "on all 500 tokens" in out
     assert "[1/" in err and "reference" in err
 
 
-def test_demo_says_on_which_prefix_it_compared(cli, monkeypatch):
+def test_demo_says_that_dense_attention_was_extrapolated(cli, monkeypatch):
     monkeypatch.setattr(baseline, "PATIENCE_MS", 0.0)
     code, out, _ = cli("demo", "--tokens", 2304, "--device", "cpu", "--backend", "sdpa")
-    assert code == 0 and "(first 2,048" in out and "ms on the first 2,048 tokens" in out
+    assert code == 0 and "on all 2,304, extrapolated from measured 512, 1,024 and 2,048" in out
+    (row,) = [line for line in out.splitlines() if line.startswith("sdpa  ")]
+    assert "2,304" in row and re.search(r" ~[0-9.,]+×$", row)
+    assert "~ dense attention did not run on so many tokens" in out
 
 
 def test_demo_says_which_backend_was_too_slow(cli, monkeypatch):
     monkeypatch.setattr(sys.modules["longspan.demo.run"], "SECONDS", 0.0)
     monkeypatch.setattr(sys.modules["longspan.demo.reach"], "PROBE_MS", 0.0)
     code, out, _ = cli("demo", "--tokens", 2304, "--device", "cpu")
-    assert code == 0 and "(first 2,048)" in out
-    assert "reference: ran on the first 2,048 tokens, too slow for all here; --backend reference runs all" in out
+    assert code == 0 and "reference (the first 2,048); --backend reference runs all" in out
+    (row,) = [line for line in out.splitlines() if line.startswith("reference  by name")]
+    assert row.split()[3] == "2,048" and "~" not in row
 
 
 def test_demo_says_that_the_text_is_short(cli, text):

@@ -15,7 +15,7 @@ from attrs import evolve
 
 import longspan as ls
 from longspan import blockwise
-from longspan.demo import PATTERN, baseline, judge, place, run
+from longspan.demo import PATTERN, Timing, baseline, judge, place, run
 from longspan.demo.embedding import embed
 from longspan.demo.judge import Judge, sample_rows
 from longspan.demo.meter import PeakMemory, measure, timed
@@ -232,10 +232,29 @@ def test_the_dense_prefix_grows_while_it_is_cheap(monkeypatch):
     q, k, v = torch.randn(3, 1, 1, 5000, 8)
     monkeypatch.setattr(baseline, "PATIENCE_MS", 1e9)
     whole = baseline.measure_dense(q, k, v)
-    assert (whole.tokens, whole.whole) == (5000, True)
+    assert whole.is_measured and [one.tokens for one in whole.measured] == [512, 1024, 2048, 4096, 5000]
+    assert whole.at(5000) == whole.ms == whole.measured[-1].ms and whole.at(1024) == whole.measured[1].ms
     monkeypatch.setattr(baseline, "PATIENCE_MS", 0.0)
     part = baseline.measure_dense(q, k, v)
-    assert (part.tokens, part.whole) == (START, False) and part.ms > 0
+    assert not part.is_measured and [one.tokens for one in part.measured] == [512, 1024, 2048]
+    assert part.at(5000) == part.ms == baseline.extrapolate(part.measured, 5000) and part.at(4096) is None
+
+
+def times(milliseconds):
+    return [Timing(tokens=n, ms=milliseconds(n), runs=3) for n in (512, 1024, 2048)]
+
+
+@pytest.mark.parametrize(
+    ("law", "expected"),
+    [
+        (lambda n: 3e-6 * n * n, 3e-6 * 2**34),
+        (lambda n: 3e-6 * n * n + 0.01 * n, 3e-6 * 2**34 + 0.01 * 2**17),
+        (lambda n: 1e-9 * n**3, 1e-9 * 2048**3 * 64**2),  # faster than the square: the square from the longest on
+        (lambda n: 5.0 + 0.001 * n, (5.0 + 2.048) * 64**2),  # overheads alone: no growth is read from them
+    ],
+)
+def test_dense_attention_is_extrapolated_by_its_square(law, expected):
+    assert baseline.extrapolate(times(law), 2**17) == pytest.approx(expected, rel=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------- reach
@@ -304,6 +323,12 @@ def test_more_tokens_than_memory_holds_are_refused(monkeypatch):
     place.check_room(10**12, 512, torch.float32, CPU)
 
 
+def test_an_endless_text_is_refused_before_it_is_read(monkeypatch):
+    monkeypatch.setattr(place, "_free_bytes", lambda: 2**30)
+    with pytest.raises(ls.ArgumentError, match=r"--tokens: got 99,999,999,999 tokens, which need .* at most 69,\d{3}"):
+        run(Path("/dev/zero"), tokens=99_999_999_999, device="cpu")
+
+
 # ------------------------------------------------------------------------------------------------------- the run
 
 
@@ -314,9 +339,9 @@ def test_every_backend_that_fits_is_right_at_4096_tokens():
     assert {"sdpa", "reference"} <= {row.name for row in ran}
     for row in ran:
         assert row.state == "ran" and row.error <= report.tolerance < 1e-5 and row.tokens == 4096, row
-        assert row.ms > 0 and row.runs >= 1 and row.compared_ms > 0
+        assert row.ms > 0 and row.runs >= 1 and row.dense_ms > 0
         assert row.tokens_per_s == pytest.approx(4096e3 / row.ms)
-        assert row.speedup == pytest.approx(report.baseline.ms / row.compared_ms)
+        assert row.speedup == pytest.approx(report.baseline.ms / row.ms)
         assert row.peak_mib is None or row.peak_mib > 4  # MiB, the result alone takes 8 MiB
     assert [row.name for row in report.rows if row.chosen] == [report.resolution.chosen]
     assert report.resolution.decided_by == "auto"
@@ -336,18 +361,32 @@ def test_a_few_tokens_suffice(text, tokens):
 def test_a_short_text_is_noted(text):
     report = run(text, tokens=10_000, device="cpu", backend="sdpa")
     size = text.stat().st_size
-    assert report.tokens == size and report.baseline.whole
+    assert report.tokens == size and report.baseline.is_measured
     assert report.notes == (
         f"the text has {size:,} bytes, fewer than the 10,000 tokens asked for: all of them are used",
     )
 
 
-def test_a_prefix_is_compared_with_the_same_prefix(text, monkeypatch):
+def test_dense_attention_that_was_not_run_is_said_to_be_extrapolated(text, monkeypatch):
     monkeypatch.setattr(baseline, "PATIENCE_MS", 0.0)
     report = run(text, tokens=2500, device="cpu", backend="sdpa")
     (row,) = report.rows
-    assert report.baseline.tokens == 2048 and not report.baseline.whole
-    assert row.speedup == pytest.approx(report.baseline.ms / row.compared_ms)
+    assert report.baseline.measured[-1].tokens == 2048 and not report.baseline.is_measured
+    assert row.dense_extrapolated and row.speedup == pytest.approx(report.baseline.ms / row.ms)
+    assert report.to_dict()["dense"]["extrapolated"] is True
+
+
+def test_the_report_grows_row_by_row_and_survives_an_interruption(text):
+    seen = []
+
+    def stop(report):
+        seen.append([row.name for row in report.rows])
+        if len(report.rows) == 1:
+            raise KeyboardInterrupt
+
+    report = run(text, tokens=100, device="cpu", on_report=stop)
+    assert seen == [[], [report.rows[0].name]] and report.interrupted and report.seconds > 0
+    assert report.to_dict()["interrupted"] is True and report.to_dict()["ok"] is False
 
 
 def test_a_backend_that_is_too_slow_runs_on_a_prefix_and_says_so(monkeypatch):
@@ -355,7 +394,7 @@ def test_a_backend_that_is_too_slow_runs_on_a_prefix_and_says_so(monkeypatch):
     monkeypatch.setattr(sys.modules["longspan.demo.reach"], "PROBE_MS", 0.0)
     report = run(tokens=3000, device="cpu")
     row = rows_of(report)["reference"]
-    assert (row.state, row.tokens, row.compared_tokens) == ("ran", START, START)
+    assert (row.state, row.tokens, row.dense_extrapolated) == ("ran", START, False)
     assert row.tokens_per_s == pytest.approx(1e3 * START / row.ms) and row.error <= report.tolerance
     assert rows_of(report)["sdpa"].tokens == 3000  # the one that is chosen has all the time it needs
     (named,) = run(tokens=3000, device="cpu", backend="reference").rows

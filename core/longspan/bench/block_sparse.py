@@ -17,11 +17,13 @@ from torch import Tensor
 
 import longspan
 from longspan.bench.long_window import LongWindow, measure_window
+from longspan.bench.options import positive
 from longspan.bench.rivals import Contest, against_bigbird, against_flex, against_longformer, need_transformers
 from longspan.bench.rows import Rows
 from longspan.bench.sidebyside import interleave, ratio
+from longspan.bench.steps import OnStep, Step, perform, silent
 from longspan.block_builders import random_blocks
-from longspan.errors import ArgumentError
+from longspan.errors import ArgumentError, LongspanError
 from longspan.patterns import Dense, Pattern
 from longspan.runners import make_runner
 from longspan.spec import Problem
@@ -42,42 +44,60 @@ Sides = dict[str, Callable[[], object]]
 def add_arguments(parser: ArgumentParser) -> None:
     """Which backend, which parts, and how thoroughly."""
     parser.add_argument("--backend", default="cpu_fused", help="whose kernels (default: cpu_fused)")
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"which of {','.join(PARTS)} (default: all)")
-    parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
-    parser.add_argument("--rounds", type=int, default=7, help="of each race (default: 7)")
+    parser.add_argument("--parts", help=f"which of {','.join(PARTS)} (default: all that can run here)")
+    parser.add_argument("--threads", type=positive, default=2, help="of torch (default: 2)")
+    parser.add_argument("--rounds", type=positive, default=7, help="of each race (default: 7)")
     parser.add_argument("--quick", action="store_true", help="three rounds of shorter sequences: a look, not a claim")
 
 
-def run(args: Namespace) -> dict[str, Any]:
-    """`rows` (work, figure, limit, holds, ...), and `rounds`, the seconds of every round."""
-    parts = _parts(args.parts)
+def run(args: Namespace, on_step: OnStep = silent) -> dict[str, Any]:
+    """`rows` (work, figure, limit, holds, ...), `rounds` (the seconds of every round), `notes` (what is missing)."""
+    parts = _parts(args.parts or ",".join(PARTS))
+    notes = []
     if "transformers" in parts:
-        need_transformers()  # rather now than after minutes of measuring
+        try:
+            need_transformers()  # rather now than after minutes of measuring
+        except LongspanError as error:
+            if args.parts is not None:  # asked for by name
+                raise
+            notes.append(str(error))
+            parts = tuple(part for part in parts if part != "transformers")
     rounds = 3 if args.quick else args.rounds
     tokens, long = (2048, 2**17) if args.quick else (8192, 2**20)
     rows = Rows()
+    steps: list[Step] = []
+    work: Callable[[], object]
+    for dtype in ("float32", "bfloat16") if "density" in parts else ():
+        work = partial(densities, rows, args.backend, tokens, dtype, rounds, LIMITS)
+        steps.append((f"{dtype}, time against density", work))
+    if "flex" in parts:
+        flex = against_flex(args.backend, tokens, HEADS)
+        steps.append(("against compiled FlexAttention", partial(rivals, rows, flex, rounds)))
+    if "transformers" in parts:
+        models = _hugging_face(args.backend, 4096)
+        steps.append(("against Longformer and BigBird", partial(rivals, rows, models, rounds)))
+    if "million" in parts:
+        place, window = len(steps), LongWindow(args.backend, long, 1024, args.threads)
+        work = partial(million, rows, window, lambda words: on_step(words, place, len(steps)))
+        steps.append((f"a window over {long:,} tokens", work))
+    if "lowered" in parts and not ("density" in parts and args.backend == "sdpa"):  # those rows are there already
+        for dtype in ("float32", "bfloat16"):
+            work = partial(densities, rows, "sdpa", tokens, dtype, min(rounds, 3))
+            steps.append((f"sdpa {dtype}, time against density", work))
+    if "tiles" in parts:
+        for dtype in ("float32", "bfloat16"):
+            work = partial(tiles, rows, "sdpa", tokens // 4, dtype, min(rounds, 3))
+            steps.append((f"sdpa {dtype}, by block size", work))
     with _threads(args.threads):
-        if "density" in parts:
-            for dtype in ("float32", "bfloat16"):
-                densities(rows, args.backend, tokens, dtype, rounds, LIMITS)
-        if "flex" in parts:
-            rivals(rows, against_flex(args.backend, tokens, HEADS), rounds)
-        if "transformers" in parts:
-            rivals(rows, _hugging_face(args.backend, 4096), rounds)
-        if "million" in parts:
-            million(rows, LongWindow(args.backend, long, 1024, args.threads))
-        if "lowered" in parts and not ("density" in parts and args.backend == "sdpa"):  # those rows are there already
-            for dtype in ("float32", "bfloat16"):
-                densities(rows, "sdpa", tokens, dtype, min(rounds, 3))
-        if "tiles" in parts:
-            for dtype in ("float32", "bfloat16"):
-                tiles(rows, "sdpa", tokens // 4, dtype, min(rounds, 3))
+        complete = perform(steps, on_step)
     return {
         "backend": args.backend,
         "threads": args.threads,
         "tokens": tokens,
         "rows": rows.rows,
         "rounds": rows.rounds,
+        "notes": notes,
+        "complete": complete,
     }
 
 
@@ -228,9 +248,9 @@ def rivals(rows: Rows, contests: Iterator[Contest], rounds: int) -> None:
 # --------------------------------------------------------------------------------------------------- a million tokens
 
 
-def million(rows: Rows, what: LongWindow) -> None:
+def million(rows: Rows, what: LongWindow, on_stage: Callable[[str], object] = str) -> None:
     """Index, peak memory and time of a window over a very long sequence; megabytes are 10^6 bytes."""
-    found = measure_window(what)
+    found = measure_window(what, on_stage)
     work = f"window of {what.reach} tokens before each, N={what.tokens:,}, {what.heads} head of {what.head_dim}, causal"
     stages = {one["stage"]: one for one in found}  # the last of those that came often
     rows.add(f"{work}: MB of the index", 1e-6 * stages["index"]["nbytes"], "<=", INDEX_MB)

@@ -7,6 +7,8 @@ import random
 import statistics
 import time
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +17,9 @@ from torch import Tensor
 from longspan import planner
 from longspan.arena import BufferArena
 from longspan.attention import attention
+from longspan.bench.options import count, positive
 from longspan.bench.sidebyside import faults, ratio, resident
+from longspan.bench.steps import OnStep, Step, perform, silent
 from longspan.cache import PatternCache
 from longspan.defaults import buffer_arena
 from longspan.demo.meter import return_freed_memory
@@ -40,27 +44,45 @@ Three = tuple[Tensor, Tensor, Tensor]
 
 def add_arguments(parser: ArgumentParser) -> None:
     """How long, and how large."""
-    parser.add_argument("--rounds", type=int, default=7, help="of each measurement")
-    parser.add_argument("--tokens", type=int, default=65_536, help="of the calls whose faults are counted")
-    parser.add_argument("--steps", type=int, default=1000, help="of changing shapes, forward and backward; 0: none")
+    parser.add_argument("--rounds", type=positive, default=7, help="of each measurement")
+    parser.add_argument("--tokens", type=positive, default=65_536, help="of the calls whose faults are counted")
+    parser.add_argument("--steps", type=count, default=1000, help="of changing shapes, forward and backward; 0: none")
     parser.add_argument("--backward", action="store_true", help="measure training steps too")
 
 
-def run(args: Namespace) -> dict[str, Any]:
+def run(args: Namespace, on_step: OnStep = silent) -> dict[str, Any]:
     """Faults and time of calls; resident memory over steps; where the arena begins to pay."""
-    calls = {}
+    calls: dict[str, Any] = {}
+    shapes: dict[str, Any] = {}
+    pays: dict[str, Any] = {}
+    grown: dict[str, Any] = {}
+    steps: list[Step] = []
+
+    def add(where: dict[str, Any], name: str, words: str, call: Callable[[], Any]) -> None:
+        steps.append((words, lambda: where.update({name: call()})))
+
     for name, pattern in PATTERNS.items():
         for dtype in (torch.bfloat16, torch.float32):
             for training in (False, True) if args.backward else (False,):
                 what = f"{name} {str(dtype).removeprefix('torch.')}{' training' if training else ''}"
-                calls[what] = _call(pattern, dtype, args.tokens, args.rounds, training)
+                add(calls, what, what, partial(_call, pattern, dtype, args.tokens, args.rounds, training))
+    for tokens in SHAPES:
+        if tokens <= args.tokens:
+            add(shapes, f"N={tokens}", f"{tokens:,} tokens", partial(_shape, tokens, args.rounds))
+    if args.tokens >= SHAPES[-1]:
+        add(pays, "threshold", "from which size on the arena pays", partial(threshold, args.rounds))
+    for backend in (None, "sdpa") if args.steps else ():
+        name = backend or "auto"
+        add(grown, name, f"{args.steps:,} training steps, {name}", partial(_steps, args.steps, backend))
+    complete = perform(steps, on_step)
     return {
         "tokens": args.tokens,
         "calls": calls,
-        "shapes": {f"N={tokens}": _shape(tokens, args.rounds) for tokens in SHAPES if tokens <= args.tokens},
-        "threshold": threshold(args.rounds) if args.tokens >= SHAPES[-1] else None,
-        "steps": {name or "auto": _steps(args.steps, name) for name in (None, "sdpa")} if args.steps else None,
+        "shapes": shapes,
+        "threshold": pays.get("threshold"),
+        "steps": grown or None,
         "limits": {"faults_off_over_on": 10, "time_on_over_off": 1.0, "resident_growth": 0.01, "held_after": 0},
+        "complete": complete,
     }
 
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from longspan.bench.options import positive
 from longspan.bench.sidebyside import interleave, ratio, summary
+from longspan.bench.steps import OnStep, Step, perform, silent
 from longspan.cache import PatternCache
 from longspan.cache_entry import LayoutKey
 from longspan.lowering import lower
@@ -39,18 +41,28 @@ class _Nothing:
 
 def add_arguments(parser: ArgumentParser) -> None:
     """How long, and how far."""
-    parser.add_argument("--rounds", type=int, default=31, help="of each measurement")
-    parser.add_argument("--longest", type=int, default=131_072, help="tokens of the longest sequence planned")
+    parser.add_argument("--rounds", type=positive, default=31, help="of each measurement")
+    parser.add_argument("--longest", type=positive, default=131_072, help="tokens of the longest sequence planned")
 
 
-def run(args: Namespace) -> dict[str, Any]:
+def run(args: Namespace, on_step: OnStep = silent) -> dict[str, Any]:
     """Hit cost, hit rate, plans with and without, and the time to lay out a million tokens."""
+    found: dict[str, Any] = {}
+    plans: dict[str, Any] = {}
+    steps: list[Step] = [
+        ("a hit", lambda: found.update(hit=_hit(args.rounds))),
+        ("a model of twelve layers", lambda: found.update(model=_model())),
+    ]
+    for name in PATTERNS:
+        steps.append((f"plans, {name}", partial(_plans, name, args.rounds, args.longest, plans)))
+    words = "layouts of 1,048,576 tokens"
+    steps.append((words, lambda: found.update(layout_of_1048576_tokens_ms=_layouts(args.rounds))))
+    complete = perform(steps, on_step)
     return {
-        "hit": _hit(args.rounds),
-        "model": _model(),
-        "plans_on_over_off": _plans(args.rounds, args.longest),
-        "layout_of_1048576_tokens_ms": _layouts(args.rounds),
+        **found,
+        "plans_on_over_off": plans,
         "limits": {"hit_added_us": 0.35, "hit_rate": 0.99, "plans_on_over_off": 1.02, "layout_ms": 5},
+        "complete": complete,
     }
 
 
@@ -89,25 +101,22 @@ def _model(layers: int = 12, steps: int = 100) -> dict[str, Any]:
     }
 
 
-def _plans(rounds: int, longest: int) -> dict[str, Any]:
+def _plans(name: str, rounds: int, longest: int, found: dict[str, Any]) -> None:
     """Making a plan, with the cache and without: calling it is the same either way."""
-    found: dict[str, Any] = {}
-    for name, pattern in PATTERNS.items():
-        tokens = 128
-        while tokens <= longest:
-            store, problem = PatternCache(), _problem(tokens, pattern)
-            sides = {
-                "on": partial(plan, problem, "sdpa", pattern_cache=store),
-                "off": partial(plan, problem, "sdpa", pattern_cache=_Nothing()),
-            }
-            seconds = interleave(sides, rounds=rounds, calls=5, warm=3)
-            found[f"{name} N={tokens}"] = {
-                "on_us": 1e6 * statistics.median(seconds["on"]),
-                "off_us": 1e6 * statistics.median(seconds["off"]),
-                **ratio(seconds["on"], seconds["off"]),
-            }
-            tokens *= 4 if tokens < 32768 else 2
-    return found
+    tokens = 128
+    while tokens <= longest:
+        store, problem = PatternCache(), _problem(tokens, PATTERNS[name])
+        sides = {
+            "on": partial(plan, problem, "sdpa", pattern_cache=store),
+            "off": partial(plan, problem, "sdpa", pattern_cache=_Nothing()),
+        }
+        seconds = interleave(sides, rounds=rounds, calls=5, warm=3)
+        found[f"{name} N={tokens}"] = {
+            "on_us": 1e6 * statistics.median(seconds["on"]),
+            "off_us": 1e6 * statistics.median(seconds["off"]),
+            **ratio(seconds["on"], seconds["off"]),
+        }
+        tokens *= 4 if tokens < 32768 else 2
 
 
 def _layouts(rounds: int) -> dict[str, float]:

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any, Protocol, cast
 
 from longspan import bench
+from longspan.bench.steps import OnStep, silent
 from longspan.errors import ArgumentError
 
 __all__ = ["Bench", "benches", "find"]
@@ -24,8 +25,8 @@ class Bench(Protocol):
     def add_arguments(self, parser: ArgumentParser) -> None:
         """Its own options."""
 
-    def run(self, args: Namespace) -> dict[str, Any]:
-        """Measure: plain values for JSON."""
+    def run(self, args: Namespace, on_step: OnStep = silent) -> dict[str, Any]:
+        """Measure: plain values for JSON. `complete`: False where Ctrl-C ended it; the rest is what there was."""
 
 
 def benches() -> Iterator[Bench]:

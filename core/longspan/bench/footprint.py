@@ -9,6 +9,8 @@ import sys
 __all__ = ["peak_bytes"]
 
 _PROGRAM = """
+import signal
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
 import json, sys, torch, torch.nn.functional as F
 import longspan
 from longspan.demo.meter import PeakMemory

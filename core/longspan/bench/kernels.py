@@ -21,6 +21,7 @@ from longspan import Dilated, Problem, SlidingWindow
 from longspan.bench.footprint import peak_bytes
 from longspan.bench.peaks import bandwidth, product_peak
 from longspan.bench.sidebyside import interleave, ratio, summary
+from longspan.bench.steps import OnStep, Step, perform, silent
 from longspan.lowering import lower
 
 __all__ = ["HELP", "NAME", "add_arguments", "grouped_by_hand", "run"]
@@ -42,36 +43,43 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="three rounds of the smaller shapes: a look, not a claim")
 
 
-def run(args: Namespace) -> dict[str, Any]:
+def run(args: Namespace, on_step: OnStep = silent) -> dict[str, Any]:
     """`rows` (work, figure, limit, holds, ...), and `rounds`, the seconds of every round."""
-    quick, backend = args.quick, args.backend
-    rounds = 3 if quick else 11
-    cpu = torch.device("cpu")
-    peaks = {dtype: product_peak(getattr(torch, dtype), cpu) for dtype in FORWARD}
-    found = _Found(backend, rounds, bandwidth(cpu))
+    quick = args.quick
+    found = _Found(args.backend, 3 if quick else 11)
+    peaks: dict[str, float] = {}
+
+    def measure_peaks() -> None:  # twice: a busy moment must not make the peak low and the shares of it high
+        for dtype in FORWARD:
+            peaks[dtype] = max(peaks.get(dtype, 0.0), product_peak(getattr(torch, dtype), torch.device("cpu")))
+
+    steps: list[Step] = [("the machine's peaks", measure_peaks), ("bandwidth", found.measure_bandwidth)]
     for dtype, shape in product(FORWARD, LONG[:1] if quick else LONG):
-        found.forward(shape, dtype, FORWARD[dtype], (False, True))
+        words = _words(shape, dtype)
+        steps.append((f"{words} forward", partial(found.forward, shape, dtype, FORWARD[dtype], (False, True))))
         for is_causal in (False, True):
-            found.backward(shape, dtype, is_causal, BACKWARD[dtype])
+            work = partial(found.backward, shape, dtype, is_causal, BACKWARD[dtype])
+            steps.append((f"{words} {'causal ' if is_causal else ''}backward", work))
     for dtype, shape in product(FORWARD, SHORT[:1] if quick else SHORT):
-        found.forward(shape, dtype, 1.3, (False,))
-    found.by_hand()
+        steps.append((f"{_words(shape, dtype)} forward", partial(found.forward, shape, dtype, 1.3, (False,))))
+    steps.append(("dilated, against ten lines of slicing", found.by_hand))
     if not quick:
-        found.longnet()
-        found.window()
-    for dtype in FORWARD:
-        found.memory(LONG[-1], dtype)
-    for dtype in peaks:  # once more: a busy moment must not make the peak low and the shares of it high
-        peaks[dtype] = max(peaks[dtype], product_peak(getattr(torch, dtype), cpu))
+        steps += [("LongNet's branches on 131,072 tokens", found.longnet), ("a sliding window", found.window)]
+    for dtype, gradients in product(FORWARD, (False, True)):
+        words = f"{_words(LONG[-1], dtype)} peak memory{' with gradients' if gradients else ''}"
+        steps.append((words, partial(found.memory, LONG[-1], dtype, gradients)))
+    steps.append(("the machine's peaks again", measure_peaks))
+    complete = perform(steps, on_step)
     for row in found.rows:
         if "gflops" in row and row.get("dtype"):
             row["share_of_peak"] = row["gflops"] / peaks[row["dtype"]]
     return {
-        "backend": backend,
+        "backend": args.backend,
         "peaks_gflops": peaks,
         "bandwidth_gbs": found.bandwidth,
         "rows": found.rows,
         "rounds": found.rounds,
+        "complete": complete,
     }
 
 
@@ -88,10 +96,13 @@ def _words(shape: tuple[int, ...], dtype: str) -> str:
 
 
 class _Found:
-    def __init__(self, backend: str, rounds: int, copies: float) -> None:
-        self.backend, self._rounds, self.bandwidth = backend, rounds, copies
+    def __init__(self, backend: str, rounds: int) -> None:
+        self.backend, self._rounds, self.bandwidth = backend, rounds, 0.0
         self.rows: list[dict[str, Any]] = []
         self.rounds: dict[str, dict[str, list[float]]] = {}
+
+    def measure_bandwidth(self) -> None:
+        self.bandwidth = bandwidth(torch.device("cpu"))
 
     def add(self, work: str, figure: float, sign: str, limit: float, **more: Any) -> None:
         holds = figure >= limit if sign == ">=" else figure <= limit
@@ -209,20 +220,19 @@ class _Found:
                 4 * tensors[0].nbytes,
             )
 
-    def memory(self, shape: tuple[int, ...], dtype: str) -> None:
+    def memory(self, shape: tuple[int, ...], dtype: str, gradients: bool) -> None:
         """Bytes at the peak beyond inputs and output, each side in a process of its own."""
-        for gradients in (False, True):
-            mine = min(peak_bytes(self.backend, shape, dtype, gradients) for _ in range(3))
-            other = min(peak_bytes("SDPA", shape, dtype, gradients) for _ in range(3))
-            word = "forward and backward" if gradients else "forward"
-            self.add(
-                f"{_words(shape, dtype)} {word}: peak MiB beyond inputs and results, over SDPA's",
-                (mine - other) / 2**20,
-                "<=",
-                32.0,
-                mine_mib=mine / 2**20,
-                sdpa_mib=other / 2**20,
-            )
+        mine = min(peak_bytes(self.backend, shape, dtype, gradients) for _ in range(3))
+        other = min(peak_bytes("SDPA", shape, dtype, gradients) for _ in range(3))
+        word = "forward and backward" if gradients else "forward"
+        self.add(
+            f"{_words(shape, dtype)} {word}: peak MiB beyond inputs and results, over SDPA's",
+            (mine - other) / 2**20,
+            "<=",
+            32.0,
+            mine_mib=mine / 2**20,
+            sdpa_mib=other / 2**20,
+        )
 
 
 def grouped_by_hand(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

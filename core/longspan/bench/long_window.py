@@ -1,21 +1,22 @@
-"""A window over a very long sequence, in a process of its own: index, time and peak memory, with a bar meanwhile."""
+"""A window over a very long sequence, in a process of its own: index, time and peak memory."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from attrs import asdict, frozen
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from longspan.errors import LongspanError
 
 __all__ = ["LongWindow", "measure_window"]
 
 _PROGRAM = """
+import signal
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
 import json, sys, time, torch, longspan
 from longspan.demo.meter import PeakMemory
 given = json.loads(sys.argv[1])
@@ -67,12 +68,12 @@ class LongWindow:
     block_size: int = 128
 
 
-def measure_window(what: LongWindow, console: Console | None = None) -> list[dict[str, Any]]:
+def measure_window(what: LongWindow, on_stage: Callable[[str], object] = str) -> list[dict[str, Any]]:
     """Measure, in stages: `index`, `plan`, `calls` times `forward`, `backward`.
 
     Args:
         what: the work.
-        console: where the bar is drawn while it is a terminal; stderr unless given.
+        on_stage: called with a few words when a stage begins.
 
     Returns:
         for each stage `stage` and `seconds`; of `index` and `plan` also `nbytes`, of the CSR and of what the backend
@@ -82,18 +83,19 @@ def measure_window(what: LongWindow, console: Console | None = None) -> list[dic
     Raises:
         LongspanError: the process failed; what it said is on stderr.
     """
-    console = console or Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     found: list[dict[str, Any]] = []
+    stages = ["index", "plan", *["forward"] * what.calls, "backward"]
+    on_stage(_words(what, stages, 0))
     command = [sys.executable, "-c", _PROGRAM, json.dumps(asdict(what))]
-    bar = Progress(*columns, console=console, refresh_per_second=4, transient=True, disable=not console.is_terminal)
-    with bar, subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        stages = ["index", "plan", *["forward"] * what.calls, "backward"]
-        task = bar.add_task(_words(what, stages, 0), total=len(stages))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            found.append(json.loads(line))
-            bar.update(task, advance=1, description=_words(what, stages, len(found)))
+        try:
+            for line in process.stdout:
+                found.append(json.loads(line))
+                on_stage(_words(what, stages, len(found)))
+        except BaseException:
+            process.kill()
+            raise
     if process.returncode or len(found) != len(stages):
         raise LongspanError(
             f"the process that measures {what.tokens:,} tokens ended with {process.returncode} after "

@@ -13,6 +13,7 @@ import longspan
 from longspan import Dense, Dilated, Pattern, Problem, SlidingWindow
 from longspan.bench.buffers import threshold
 from longspan.bench.peaks import bandwidth, product_peak
+from longspan.bench.steps import OnStep, silent
 from longspan.errors import LongspanError
 from longspan.profile import Measure, Profile, machine_name
 from longspan.spec import Device
@@ -25,36 +26,49 @@ ENOUGH = 0.5
 """Seconds after which a measurement is not repeated."""
 
 
-def make_profile(device: torch.device, quick: bool = False, progress: Callable[[str], object] = str) -> Profile:
+def make_profile(
+    device: torch.device, quick: bool = False, on_step: OnStep = silent, on_failure: Callable[[str], object] = str
+) -> Profile:
     """Measure every backend that auto may take, at a few shapes, forward and backward.
 
     Args:
         device: where to measure.
         quick: short sequences only.
-        progress: called with a line for each measurement.
+        on_step: called when a measurement begins, with its description, how many are done, and of how many.
+        on_failure: called with a line for each backend that could not be measured; it is left out of the profile.
     """
     kind = Device.of(device)
+    pairs = [(problem, name) for problem in _problems(kind, quick) for name in _offered(problem)]
+    total = len(pairs) + 2
     measures = []
-    for problem in _problems(kind, quick):
-        names = [verdict.name for verdict in longspan.explain(problem).candidates if verdict.ok and not verdict.reasons]
-        for name in names:
-            try:
-                forward, backward = _times(problem, name, device)
-            except (LongspanError, RuntimeError) as error:  # one that cannot is not to stop the others
-                progress(f"{name} on {problem}: {error}")
-                continue
-            progress(f"{name} on {problem}: {1e3 * forward:.3g} ms forward, {1e3 * backward:.3g} ms backward")
-            measures.append(Measure(name, problem.pattern.kind, problem.dtype, problem.kv_len, forward, backward))
+    for done, (problem, name) in enumerate(pairs):
+        on_step(f"{name}, {problem}", done, total)
+        try:
+            forward, backward = _times(problem, name, device)
+        except (LongspanError, RuntimeError) as error:  # one that cannot is not to stop the others
+            on_failure(f"{name} on {problem}: {error}")
+            continue
+        measures.append(Measure(name, problem.pattern.kind, problem.dtype, problem.kv_len, forward, backward))
+    on_step("the machine's peaks", total - 2, total)
+    peaks = {dtype: product_peak(getattr(torch, dtype), device, 3) for dtype in DTYPES}
+    copies = bandwidth(device, 3)
+    on_step("from which size on the arena pays", total - 1, total)
     return Profile(
         device=kind.name,
         machine=machine_name(),
         torch=torch.__version__,
         threads=torch.get_num_threads(),
-        peaks={dtype: product_peak(getattr(torch, dtype), device, 3) for dtype in DTYPES},
-        bandwidth=bandwidth(device, 3),
+        peaks=peaks,
+        bandwidth=copies,
         measures=tuple(measures),
         workspace_threshold=_threshold(device, quick),
     )
+
+
+def _offered(problem: Problem) -> list[str]:
+    """The backends that auto may take."""
+    candidates = longspan.explain(problem).candidates
+    return [verdict.name for verdict in candidates if verdict.ok and not verdict.reasons]
 
 
 def _threshold(device: torch.device, quick: bool) -> int | None:

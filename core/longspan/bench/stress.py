@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from longspan.arena import BufferArena
+from longspan.bench.options import duration, positive
 from longspan.bench.sidebyside import resident
+from longspan.bench.steps import OnStep, perform, silent
 from longspan.cache import PatternCache
 from longspan.defaults import buffer_arena
 from longspan.errors import ArgumentError
@@ -30,13 +32,16 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 def add_arguments(parser: ArgumentParser) -> None:
     """How long, and how many."""
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--threads", type=int, default=16)
+    parser.add_argument("--seconds", type=duration, default=60.0, help="how long (default: 60)")
+    parser.add_argument("--threads", type=positive, default=16, help="how many (default: 16)")
 
 
-def run(args: Namespace) -> dict[str, Any]:
+def run(args: Namespace, on_step: OnStep = silent) -> dict[str, Any]:
     """Stress, and say what went on."""
-    return stress(args.seconds, args.threads)
+    found: dict[str, Any] = {}
+    words = f"{args.threads} threads, {args.seconds:g} s"
+    complete = perform([(words, lambda: found.update(stress(args.seconds, args.threads)))], on_step)
+    return {**found, "complete": complete}
 
 
 def stress(seconds: float, threads: int) -> dict[str, Any]:

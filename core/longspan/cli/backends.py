@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated
 
 import typer
@@ -16,6 +17,9 @@ __all__ = ["backends"]
 
 
 def backends(
+    details: Annotated[
+        bool, typer.Option("--details", help="Where each comes from, what its import took, its whole description.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list, for machines.")] = False,
 ) -> None:
     """List every backend that was found, the broken ones too."""
@@ -24,13 +28,21 @@ def backends(
     if as_json:
         print(json.dumps([row.to_dict() for row in found], indent=2))
         return
-    columns = [("backend", False), ("state", False), ("from", False), ("auto", False), ("import ms", True)]
-    output.table([*columns, ("description", False)], [_cells(row) for row in found])
+    columns = [("backend", False), ("state", False), ("auto", False)]
+    columns += [("from", False), ("import ms", True)] if details else []
+    output.table([*columns, ("description", False)], [_cells(row, details) for row in found])
 
 
-def _cells(row: BackendInfo) -> tuple[str | Text, ...]:
+def _cells(row: BackendInfo, details: bool) -> tuple[str | Text, ...]:
     state = Text(row.state, "green" if row.state == "loaded" else "yellow" if row.state == "blocked" else "red")
+    auto = "" if row.state != "loaded" else "by name" if row.opt_in else "yes"
+    if not details:
+        return row.name, state, auto, row.error or _briefly(row.description)
     owner = f"{row.distribution} {row.version}".strip() or "this process"
-    auto = "" if row.state != "loaded" else "by name only" if row.opt_in else "yes"
     took = f"{row.import_ms:,.1f}" if row.import_ms else ""
-    return row.name, state, owner, auto, took, row.error or row.description
+    return row.name, state, auto, owner, took, row.error or row.description
+
+
+def _briefly(description: str) -> str:
+    """As far as the first sentence, or its first part."""
+    return re.split(r"[:;]\s|\.\s|\.$", description, maxsplit=1)[0]

@@ -15,10 +15,13 @@ from attrs import asdict
 from longspan.bench import catalog
 from longspan.bench.sidebyside import machine
 from longspan.cli import output
+from longspan.cli.stage import stage
 from longspan.errors import ArgumentError
 from longspan.profile import Measure
 
 __all__ = ["bench"]
+
+INTERRUPTED = 130
 
 
 class _Parser(ArgumentParser):
@@ -39,12 +42,15 @@ def bench(
     ] = False,
     device: Annotated[str, typer.Option("--device", help="Which device --profile times.")] = "cpu",
 ) -> None:
-    """Measure this machine. Options that are not listed here are the bench's own: `longspan bench NAME --options`."""
+    """Measure this machine. Options that are not listed here are the bench's own: `longspan bench NAME --options`.
+
+    Ctrl-C ends a bench with what was measured until then, and exit code 130.
+    """
     if profile:
         _profile(device, as_json)
         return
     if name is None:
-        output.table([("bench", False), ("", False)], [(one.NAME, one.HELP) for one in catalog.benches()])
+        _list(as_json)
         return
     chosen = catalog.find(name)
     parser = _Parser(prog=f"longspan bench {name}", description=chosen.HELP, add_help=False)
@@ -53,9 +59,11 @@ def bench(
         output.say(parser.format_help().rstrip())
         return
     args = parser.parse_args(context.args)
+    if target is not None:
+        output.check_writable(target)
     started = machine()
-    with output.quiet_stdout():
-        found = {"benchmark": name, "machine": started, **chosen.run(args)}
+    with stage() as shown:
+        found = {"benchmark": name, "machine": started, **chosen.run(args, shown.step)}
     text = json.dumps(found, indent=1)
     if target is not None:
         try:
@@ -64,10 +72,19 @@ def bench(
             raise ArgumentError("--output", f"{target}: {error.strerror}", "a file that can be written") from error
     if as_json:
         print(text)
-    elif "rows" in found:
-        _verdicts(found["rows"])
     else:
-        output.table([("what", False), ("measured", True)], list(_rows(found)))
+        _show(found)
+    if not found["complete"]:
+        output.fail("interrupted; what was measured before is above" if found.get("rows", True) else "interrupted")
+        raise typer.Exit(INTERRUPTED)
+
+
+def _list(as_json: bool) -> None:
+    benches = [(one.NAME, one.HELP) for one in catalog.benches()]
+    if as_json:
+        print(json.dumps([{"name": name, "help": help_} for name, help_ in benches], indent=1))
+    else:
+        output.table([("bench", False), ("", False)], benches)
 
 
 def _profile(text: str, as_json: bool) -> None:
@@ -78,8 +95,8 @@ def _profile(text: str, as_json: bool) -> None:
         torch.empty(0, device=device, dtype=torch.float32)
     except (RuntimeError, AssertionError) as error:
         raise ArgumentError("--device", repr(text), "a device of this machine", "e.g. cpu or cuda:0") from error
-    with output.quiet_stdout():
-        made = make_profile(device, progress=output.note().print)
+    with stage() as shown:
+        made = make_profile(device, on_step=shown.step, on_failure=output.warn)
         path = made.save()
     if as_json:
         print(json.dumps({"file": str(path), **asdict(made)}))
@@ -96,9 +113,21 @@ def _profile(text: str, as_json: bool) -> None:
     output.say(f"{path}: auto takes the fastest of these from now on. Next: delete the file to go back to the table")
 
 
+def _show(found: Mapping[str, Any]) -> None:
+    if "rows" in found:
+        _verdicts(found["rows"])
+    else:
+        told = {key: value for key, value in found.items() if key != "complete"}
+        output.table([("what", False), ("measured", True)], list(_rows(told)))
+    for line in found.get("notes", ()):
+        output.say(f"note: {line}", "yellow")
+
+
 def _verdicts(rows: Sequence[Mapping[str, Any]]) -> None:
     """Flat rows as a table; the union of their keys are the columns."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
+    if not keys:
+        return
     numbers = {key: all(isinstance(row.get(key, 0.0), float) for row in rows) for key in keys}
     columns = [(key.replace("_", " "), numbers[key]) for key in keys]
     output.table(columns, [[_cell(row.get(key, "")) for key in keys] for row in rows])

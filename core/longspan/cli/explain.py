@@ -26,7 +26,12 @@ def explain(
     kv_shape: Annotated[
         str | None, typer.Option(metavar="B,H,N,D", help="Key and value, where they differ from the query.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float16, bfloat16, float32 or float64.")] = "float32",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float16, bfloat16, float32 or float64. Default: float32, on a GPU from 7.0 on half precision."
+        ),
+    ] = None,
     device: Annotated[
         str, typer.Option(help="cpu, cuda, sm_61, sm_90, gfx942, mps, ...: need not be on this machine.")
     ] = "cpu",
@@ -46,22 +51,37 @@ def explain(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
 ) -> None:
     """Say which backend would compute a problem, and why not the others. Exit code 1 where none would."""
-    problem = _problem(shape, kv_shape, dtype, device, pattern, causal, query_offset, grad)
+    asked = longspan.Device.parse(device)
+    used = dtype or _usual_dtype(asked)
+    problem = _problem(shape, kv_shape, used, asked, pattern, causal, query_offset, grad)
     with output.quiet_stdout():
         resolution = longspan.explain(problem, backend=backend)
     if as_json:
         print(resolution.to_json())
     else:
         _show(resolution)
+        if dtype is None:
+            output.say(f"note: in {used}, as {asked.name} is used; --dtype asks for another")
     if resolution.chosen is None:
         raise typer.Exit(1)
+
+
+def _usual_dtype(device: longspan.Device) -> str:
+    """What is mostly computed in on such a device: half precision where its arithmetic is the faster one."""
+    if device.type in ("cpu", "mps"):
+        return "float32"
+    if device.type != "cuda":
+        return "bfloat16"
+    if device.capability is None:  # any CUDA device: all that are not old have this one
+        return "float16"
+    return "float32" if device.capability < (7, 0) else "float16" if device.capability < (8, 0) else "bfloat16"
 
 
 def _problem(
     shape: str,
     kv_shape: str | None,
     dtype: str,
-    device: str,
+    device: longspan.Device,
     pattern: str,
     causal: bool,
     query_offset: int | None,
@@ -91,7 +111,7 @@ def _problem(
         kv_heads=kv_heads,
         kv_len=kv_len,
         dtype=dtype,
-        device=longspan.Device.parse(device),
+        device=device,
         pattern=parsed,
         is_causal=causal,
         query_offset=query_offset or 0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from attrs import asdict
 import longspan
 from longspan.cli import output
 from longspan.errors import ArgumentError
-from longspan.matrix import render_matrix
+from longspan.matrix import HEADINGS, matrix_cells, render_matrix
 
 __all__ = ["matrix"]
 
@@ -23,11 +24,14 @@ def matrix(
     as_json: Annotated[bool, typer.Option("--json", help="Print the declarations as JSON.")] = False,
     everyone: Annotated[bool, typer.Option("--all", help="Third parties' backends too.")] = False,
 ) -> None:
-    """Show what each backend declares that it can do."""
+    """Show what each backend declares that it can do: on a terminal as a table of its width, else as Markdown."""
     with output.quiet_stdout():
         rows = [row for row in longspan.backends() if everyone or row.distribution == "longspan"]
     if as_json:
         print(json.dumps({row.name: asdict(row.capabilities) for row in rows if row.capabilities}, indent=2))
+        return
+    if target is None and sys.stdout.isatty():
+        output.table([(heading, False) for heading in HEADINGS], matrix_cells(rows))
         return
     text = render_matrix(rows)
     if target is None:

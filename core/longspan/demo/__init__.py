@@ -3,7 +3,7 @@
 `run` does the work and returns a `Report` of plain values; `longspan demo` prints it.
 """
 
-from longspan.demo.report import Baseline, Report, Row
-from longspan.demo.run import DEFAULT_TOKENS, PATTERN, OnStep, run
+from longspan.demo.report import Baseline, Report, Row, Timing
+from longspan.demo.run import DEFAULT_TOKENS, PATTERN, OnReport, OnStep, run
 
-__all__ = ["DEFAULT_TOKENS", "PATTERN", "Baseline", "OnStep", "Report", "Row", "run"]
+__all__ = ["DEFAULT_TOKENS", "PATTERN", "Baseline", "OnReport", "OnStep", "Report", "Row", "Timing", "run"]

@@ -9,7 +9,7 @@ import torch
 from longspan.errors import ArgumentError
 from longspan.spec import DTYPES, Device
 
-__all__ = ["check_room", "check_seed", "choose_device", "choose_dtype", "describe"]
+__all__ = ["check_room", "check_seed", "choose_device", "choose_dtype", "describe", "room"]
 
 
 def choose_device(text: str) -> torch.device:
@@ -70,16 +70,31 @@ def check_room(tokens: int, width: int, dtype: torch.dtype, device: torch.device
     Raises:
         ArgumentError: too many tokens; the message says how many would fit.
     """
-    line = width * (3 * dtype.itemsize + 2 * 8) + 1024
-    free = [("memory", _free_bytes())]
-    if device.type == "cuda":
-        free.append((f"memory of {device}", torch.cuda.mem_get_info(device)[0]))
-    for name, size in free:
-        if size is not None and tokens * line > size:
+    line = _bytes_of_a_token(width, dtype)
+    for name, size in _free(device):
+        if tokens * line > size:
             got = (
                 f"{tokens:,} tokens, which need {tokens * line / 2**30:,.1f} GiB of {size / 2**30:,.1f} GiB free {name}"
             )
             raise ArgumentError("--tokens", got, f"at most {size // line:,} tokens", "ask for fewer, or free memory")
+
+
+def room(width: int, dtype: torch.dtype, device: torch.device) -> int | None:
+    """How many tokens `check_room` lets pass; None where the system does not say how much memory is free."""
+    return min((size // _bytes_of_a_token(width, dtype) for _, size in _free(device)), default=None)
+
+
+def _bytes_of_a_token(width: int, dtype: torch.dtype) -> int:
+    return width * (3 * dtype.itemsize + 2 * 8) + 1024
+
+
+def _free(device: torch.device) -> list[tuple[str, int]]:
+    """The memories that are needed, and the bytes that are free in each, as far as the system says."""
+    host = _free_bytes()
+    found = [] if host is None else [("memory", host)]
+    if device.type == "cuda":
+        found.append((f"memory of {device}", torch.cuda.mem_get_info(device)[0]))
+    return found
 
 
 def _free_bytes() -> int | None:

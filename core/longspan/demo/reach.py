@@ -16,9 +16,9 @@ PROBE_MS = 500.0
 """A prefix that takes about this long tells what a longer one will take; a shorter one tells of overheads."""
 
 
-def prefixes(length: int) -> Iterator[int]:
-    """Prefix lengths that double from `START` up to the whole length."""
-    tokens = min(START, length)
+def prefixes(length: int, start: int = START) -> Iterator[int]:
+    """Prefix lengths that double from `start` up to the whole length."""
+    tokens = min(start, length)
     while tokens < length:
         yield tokens
         tokens = min(2 * tokens, length)

@@ -9,17 +9,43 @@ from attrs import asdict, frozen
 
 from longspan.spec import Reason, Resolution
 
-__all__ = ["Baseline", "Report", "Row"]
+__all__ = ["Baseline", "Report", "Row", "Timing"]
+
+
+@frozen(kw_only=True)
+class Timing:
+    """The median milliseconds of `runs` calls on the first `tokens` tokens."""
+
+    tokens: int
+    ms: float
+    runs: int
 
 
 @frozen(kw_only=True)
 class Baseline:
-    """Causal dense attention by torch on the first `tokens` tokens (`whole`: all of them): median of `runs`."""
+    """Causal dense attention by torch on all `tokens` tokens: `ms`, from what was `measured`, shortest first.
+
+    Where the longest that was measured is shorter, `ms` is extrapolated, and no measurement.
+    """
 
     tokens: int
-    whole: bool
     ms: float
-    runs: int
+    measured: tuple[Timing, ...]
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether `ms` was measured."""
+        return self.measured[-1].tokens == self.tokens
+
+    def at(self, tokens: int) -> float | None:
+        """Milliseconds on a prefix that was measured, or on the whole; None for other lengths."""
+        if tokens == self.tokens:
+            return self.ms
+        return next((one.ms for one in self.measured if one.tokens == tokens), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "extrapolated": not self.is_measured}
 
 
 @frozen(kw_only=True)
@@ -30,7 +56,8 @@ class Row:
     the tolerance). `reasons` of a backend that ran say why auto does not take it. `tokens` is how many it ran on: fewer
     than all where it is too slow for them. On these, `ms` is the median of `runs`, `peak_mib` the memory beyond the
     inputs, the result included, and `error` the largest relative error of a sampled row. `speedup` is the time of dense
-    attention over `compared_ms`, both on the first `compared_tokens`.
+    attention on as many tokens, `dense_ms`, over `ms`; `dense_extrapolated` says that dense attention did not run on so
+    many.
     """
 
     name: str
@@ -44,14 +71,16 @@ class Row:
     tokens_per_s: float | None = None
     peak_mib: float | None = None
     error: float | None = None
-    compared_tokens: int = 0
-    compared_ms: float | None = None
+    dense_ms: float | None = None
+    dense_extrapolated: bool = False
     speedup: float | None = None
 
 
 @frozen(kw_only=True)
 class Report:
-    """The whole run: what was computed on what, the dense baseline, a row a backend, and who auto would have taken.
+    """The run so far: what was computed on what, the dense baseline, a row a backend, and who auto would have taken.
+
+    `rows` grow while it runs. `interrupted`: the user stopped it (Ctrl-C) before all were there.
 
     `tolerance` is the largest relative error that passes: twice `naive_error`, which naive torch in the same dtype
     makes on the same rows, and two roundings of the log-sum-exp.
@@ -70,6 +99,7 @@ class Report:
     baseline: Baseline
     rows: tuple[Row, ...]
     seconds: float
+    interrupted: bool = False
 
     @property
     def failures(self) -> tuple[str, ...]:
@@ -92,7 +122,7 @@ class Report:
         """Plain values for JSON, in which what is not finite is null (the failure's text names it)."""
         problem = self.resolution.problem
         return {
-            "ok": not self.failures,
+            "ok": not (self.failures or self.interrupted),
             "failures": list(self.failures),
             "notes": list(self.notes),
             "text": self.text,
@@ -109,10 +139,11 @@ class Report:
             "rows_checked": self.rows_checked,
             "naive_error": _finite(self.naive_error),
             "tolerance": _finite(self.tolerance),
-            "dense": asdict(self.baseline),
+            "dense": self.baseline.to_dict(),
             "backends": [{key: _finite(value) for key, value in asdict(row).items()} for row in self.rows],
             "resolution": self.resolution.to_dict(),
             "seconds": self.seconds,
+            "interrupted": self.interrupted,
         }
 
 

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from attrs import evolve
 
 from longspan.demo.baseline import measure_dense
 from longspan.demo.embedding import embed
 from longspan.demo.judge import Judge, sample_rows
-from longspan.demo.place import check_room, check_seed, choose_device, choose_dtype, describe
+from longspan.demo.place import check_room, check_seed, choose_device, choose_dtype, describe, room
 from longspan.demo.report import Report
 from longspan.demo.text import read_text
 from longspan.demo.trial import Trial
@@ -22,7 +23,7 @@ from longspan.patterns import Dilated
 from longspan.resolve import demand
 from longspan.spec import Device, Problem
 
-__all__ = ["DEFAULT_TOKENS", "HEADS", "HEAD_DIM", "PATTERN", "OnStep", "run"]
+__all__ = ["DEFAULT_TOKENS", "HEADS", "HEAD_DIM", "PATTERN", "OnReport", "OnStep", "run"]
 
 DEFAULT_TOKENS = 131_072
 HEADS = 8
@@ -34,10 +35,11 @@ SECONDS = 45.0
 """For all backends together. The one that is chosen has all the time it needs, and so has one that was named."""
 
 OnStep = Callable[[str, int, int], None]
+OnReport = Callable[[Report], None]
 
 
-def _silent(what: str, done: int, total: int) -> None:
-    """No progress is shown."""
+def _silent(*_: object) -> None:
+    """Nothing is shown meanwhile."""
 
 
 def run(
@@ -49,6 +51,7 @@ def run(
     dtype: str = "float32",
     seed: int = 0,
     on_step: OnStep = _silent,
+    on_report: OnReport = _silent,
 ) -> Report:
     """Causal dilated attention over a text's bytes, by every backend that fits or by the one named.
 
@@ -60,10 +63,12 @@ def run(
         dtype: of query, key and value.
         seed: of the projections and of the rows that are checked.
         on_step: called when a step begins, with its description, the number of steps done and their total.
+        on_report: called with the report so far: before the first backend runs, and with each row that is added.
 
     Returns:
         What was measured. A backend that raises or is wrong is a failed row; the others still run. One that auto did
-        not take and that nobody named runs on a prefix where the whole would take too long, and its row says so.
+        not take and that nobody named runs on a prefix where the whole would take too long, and its row says so. Where
+        the user interrupts it (KeyboardInterrupt) while backends run, it holds the rows that there are.
 
     Raises:
         ArgumentError: a file, number, device or dtype that cannot serve.
@@ -73,8 +78,10 @@ def run(
     start = time.perf_counter()
     where, kind = choose_device(device), choose_dtype(dtype)
     check_seed(seed)
-    source = read_text(text, tokens)
-    check_room(len(source), HEADS * HEAD_DIM, kind, where)
+    # Of a text that goes on for longer than memory does, no more is read than shows that.
+    most = room(HEADS * HEAD_DIM, kind, where)
+    source = read_text(text, tokens if most is None else min(tokens, most + 1))
+    check_room(tokens if most is not None and len(source) > most else len(source), HEADS * HEAD_DIM, kind, where)
     problem = Problem(
         batch=1,
         heads=HEADS,
@@ -104,29 +111,35 @@ def run(
         judge = Judge(*tensors, PATTERN, sample_rows(len(source), PATTERN, seed))
         begin(steps[2])
         trial = Trial(problem, tensors, judge, measure_dense(*tensors))
+        report = Report(
+            text=source.source,
+            tokens=len(source),
+            tokens_wanted=tokens,
+            seed=seed,
+            device=describe(where),
+            torch=torch.__version__,
+            resolution=resolution,
+            rows_checked=len(judge.rows),
+            naive_error=judge.naive_error,
+            tolerance=judge.tolerance,
+            baseline=trial.baseline,
+            rows=(),
+            seconds=0.0,
+        )
+        on_report(report)
         deadline = time.perf_counter() + SECONDS
-        rows = []
-        for verdict in verdicts:
-            chosen, share_ms = verdict.name == resolution.chosen, 0.0
-            if verdict.ok:
-                begin(verdict.name)
-                # The time that is left is shared among the backends that are left.
-                left_ms = 1e3 * max(0.0, deadline - time.perf_counter())
-                share_ms = left_ms / (len(fitting) - fitting.index(verdict.name))
-            patience_ms = math.inf if chosen else share_ms
-            rows.append(trial.row(verdict, chosen=chosen, exact=exact[verdict.name], patience_ms=patience_ms))
-    return Report(
-        text=source.source,
-        tokens=len(source),
-        tokens_wanted=tokens,
-        seed=seed,
-        device=describe(where),
-        torch=torch.__version__,
-        resolution=resolution,
-        rows_checked=len(judge.rows),
-        naive_error=judge.naive_error,
-        tolerance=judge.tolerance,
-        baseline=trial.baseline,
-        rows=tuple(rows),
-        seconds=round(time.perf_counter() - start, 3),
-    )
+        try:
+            for verdict in verdicts:
+                chosen, share_ms = verdict.name == resolution.chosen, 0.0
+                if verdict.ok:
+                    begin(verdict.name)
+                    # The time that is left is shared among the backends that are left.
+                    left_ms = 1e3 * max(0.0, deadline - time.perf_counter())
+                    share_ms = left_ms / (len(fitting) - fitting.index(verdict.name))
+                patience_ms = math.inf if chosen else share_ms
+                row = trial.row(verdict, chosen=chosen, exact=exact[verdict.name], patience_ms=patience_ms)
+                report = evolve(report, rows=(*report.rows, row))
+                on_report(report)
+        except KeyboardInterrupt:
+            report = evolve(report, interrupted=True)
+    return evolve(report, seconds=round(time.perf_counter() - start, 3))

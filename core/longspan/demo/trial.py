@@ -7,7 +7,6 @@ from collections.abc import Callable
 from attrs import evolve, frozen
 from torch import Tensor
 
-from longspan.demo.baseline import time_dense
 from longspan.demo.judge import Judge
 from longspan.demo.meter import PeakMemory, measure, timed
 from longspan.demo.reach import reach
@@ -55,15 +54,7 @@ class Trial:
         error = self.judge.error(out)
         del out, _  # beside them, the next run's results would need memory of their own
         ms, runs = measure(call, device, first_ms)
-        compared = min(tokens, self.baseline.tokens)
-        mine = ms
-        if compared < tokens:
-            short = self._call(row.name, compared)
-            short()  # what is done once only is not counted
-            mine, _ = measure(short, device)
-        dense = self.baseline.ms
-        if compared < self.baseline.tokens:
-            dense, _ = time_dense(*self.tensors, compared)
+        dense = self.baseline.at(tokens)
         return evolve(
             row,
             tokens=tokens,
@@ -72,9 +63,9 @@ class Trial:
             tokens_per_s=1e3 * tokens / ms,
             peak_mib=memory.mib,
             error=error,
-            compared_tokens=compared,
-            compared_ms=mine,
-            speedup=dense / mine,
+            dense_ms=dense,
+            dense_extrapolated=tokens == self.baseline.tokens and not self.baseline.is_measured,
+            speedup=None if dense is None else dense / ms,
         )
 
     def _call(self, backend: str, tokens: int) -> Callable[[], tuple[Tensor, Tensor]]:
