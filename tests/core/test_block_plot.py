@@ -10,7 +10,9 @@ import torch
 
 import longspan as ls
 from longspan.cli import main
+from longspan.cli.dilated import dilated_heads, dilated_shares
 from longspan.cli.plot import FULL, PARTIAL, WHITE, cell_blocks, picture
+from longspan.testing import visible
 
 COLOURS = {"full": torch.tensor(FULL), "partial": torch.tensor(PARTIAL), "nothing": torch.tensor(WHITE)}
 
@@ -71,6 +73,44 @@ def test_the_command_draws(cli, tmp_path):
     assert data["layouts"][1] == {"heads": [1], "blocks": 16, "full": 16, "masks": 0, "density": 1.0, "bytes": 168}
 
 
+def test_dilated_is_drawn_for_each_kind_of_head(cli, tmp_path):
+    pytest.importorskip("matplotlib", reason="longspan[plot] is not installed")
+    given = ("--tokens", 150, "--block-size", 16, "--json", "--output", tmp_path / "d.png")
+    code, out, err = cli("plot", "dilated:16/1,64/3", *given)
+    found = json.loads(out)
+    assert (code, err) == (0, "") and [row["heads"] for row in found["layouts"]] == [[0], [1], [2]]
+    assert (tmp_path / "d.png").stat().st_size > 1000
+    seen = visible(ls.Dilated((16, 64), (1, 3)), 3, 150, 150, is_causal=False) > 0
+    assert [row["density"] for row in found["layouts"]] == pytest.approx(
+        seen.double().mean((-1, -2)).flatten().tolist()
+    )
+    code, out, _ = cli("plot", "dilated:16/1,64/3:grouped", *given, "--heads", 5, "--causal")
+    assert [row["heads"] for row in json.loads(out)["layouts"]] == [[0, 1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("pattern", "heads"),
+    [
+        (ls.Dilated((16, 64), (1, 3)), 6),
+        (ls.Dilated((16, 64, 10**6), (1, 2, 4), heads="grouped"), 5),
+        (ls.Dilated((24, 50), (3, 5), offset="block"), 7),
+    ],
+)
+def test_the_shares_of_a_dilated_pattern_are_those_of_its_pairs(pattern, heads, causal):
+    tokens, cell, cells = 150, 16, 10
+    size = torch.full((cells,), 16.0)
+    size[-1] = 6
+    seen = torch.zeros(heads, cells * cell, cells * cell)
+    seen[:, :tokens, :tokens] = (visible(pattern, heads, tokens, tokens, is_causal=causal) > 0).view(heads, tokens, -1)
+    counted = seen.view(heads, cells, cell, cells, cell).sum((2, 4)) / (size[:, None] * size)
+    drawn = dilated_heads(pattern, heads)
+    assert sorted(head for own in drawn for head in own) == list(range(heads))
+    for own, branches in drawn.items():
+        for head in own:
+            torch.testing.assert_close(dilated_shares(branches, tokens, cell, causal), counted[head])
+
+
 @pytest.mark.parametrize(
     ("name", "words"), [("picture.xyz", "--output: got "), ("nowhere/picture.png", "No such file or directory")]
 )
@@ -91,7 +131,11 @@ def test_without_matplotlib_the_command_says_what_to_install(cli, tmp_path, monk
 
 @pytest.mark.parametrize(
     ("pattern", "words"),
-    [("dilated:64/1", "pattern: got 'dilated:64/1'"), ("blocks:16:heads(all;all)", "layouts for 2 heads, with 3")],
+    [
+        ("topk_blocks:4:16", "pattern: got 'topk_blocks:4:16'"),
+        ("dilated:8/1,9/1,9/1,9/1:grouped", "4 branches and 3 heads"),
+        ("blocks:16:heads(all;all)", "layouts for 2 heads, with 3"),
+    ],
 )
 def test_patterns_that_cannot_be_drawn(cli, tmp_path, pattern, words):
     code, out, err = cli("plot", pattern, "--tokens", 64, "--heads", 3, "--output", tmp_path / "picture.png")

@@ -8,14 +8,16 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from attrs import frozen
 from torch import Tensor
 
 import longspan
 from longspan.block_csr import BlockCSR, HeadBlocks
 from longspan.block_sparse import BlockSparse
 from longspan.cli import output
+from longspan.cli.dilated import dilated_heads, dilated_shares
 from longspan.errors import ArgumentError
-from longspan.patterns import Dense, SlidingWindow
+from longspan.patterns import Dense, Dilated, Pattern, SlidingWindow
 
 __all__ = ["cell_blocks", "picture", "plot"]
 
@@ -29,7 +31,9 @@ FULL, PARTIAL, WHITE = (0.12, 0.30, 0.47), (0.94, 0.58, 0.22), (1.0, 1.0, 1.0)
 
 
 def plot(
-    pattern: Annotated[str, typer.Argument(help="e.g. 'blocks:128:local:1000,0|global:0' or window:512,0.")],
+    pattern: Annotated[
+        str, typer.Argument(help="e.g. 'blocks:128:local:1000,0|global:0', window:512,0 or dilated:2048/1,4096/2.")
+    ],
     target: Annotated[Path, typer.Option("--output", help="Write the picture to this file: .png, .svg or .pdf.")],
     tokens: Annotated[int, typer.Option(help="Length of the sequence.", min=1)] = 8192,
     causal: Annotated[bool, typer.Option("--causal", help="Key position <= query position.")] = False,
@@ -37,40 +41,92 @@ def plot(
     block_size: Annotated[int, typer.Option(help="For patterns that have no blocks of their own.", min=1)] = 128,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was drawn as JSON.")] = False,
 ) -> None:
-    """Draw the blocks that a pattern keeps: full ones in one colour, partial ones in another."""
-    drawn = _block_sparse(pattern, block_size)
-    blocks = drawn.csr(tokens, is_causal=causal, heads=heads or drawn.heads or 1)
-    _draw(blocks, drawn.spec, target)
-    facts = [
-        {
-            "heads": [head for head, mine in enumerate(blocks.of_head) if mine == number],
+    """Draw the blocks that a pattern keeps: full ones in one colour, partial ones in another.
+
+    Heads that see the same share a picture. Of a dilated pattern each block is the paler, the less of it is kept.
+    """
+    output.check_writable(target)
+    parsed = longspan.parse_pattern(pattern)
+    if isinstance(parsed, Dilated):
+        spec, panels = parsed.spec, _dilated(parsed, tokens, causal, heads, block_size)
+    else:
+        blocks = _block_sparse(parsed, block_size)
+        spec, panels = blocks.spec, _panels(blocks.csr(tokens, is_causal=causal, heads=heads or blocks.heads or 1))
+    with output.quiet_stdout():
+        _draw(panels, spec, tokens, target)
+    if as_json:
+        facts = [{"heads": list(one.heads), **one.facts} for one in panels]
+        print(json.dumps({"pattern": spec, "tokens": tokens, "causal": causal, "layouts": facts}, indent=2))
+        return
+    for one in panels:
+        output.say(one.text)
+    output.say(f"written to {target}")
+
+
+@frozen
+class Panel:
+    """Of which heads, `(rows, columns, 3)` colours (None: not drawn), the share of pairs that is kept, what to say."""
+
+    heads: tuple[int, ...]
+    image: Tensor | None
+    density: float
+    step: int
+    text: str
+    facts: dict[str, Any]
+
+
+def _panels(blocks: HeadBlocks) -> list[Panel]:
+    found = []
+    for number, layout in enumerate(blocks.layouts):
+        facts = {
             "blocks": layout.nnz,
             "full": int((layout.tiles == 0).sum()),
             "masks": len(layout.masks),
             "density": layout.density,
             "bytes": layout.nbytes,
         }
-        for number, layout in enumerate(blocks.layouts)
-    ]
-    if as_json:
-        print(json.dumps({"pattern": drawn.spec, "tokens": tokens, "causal": causal, "layouts": facts}, indent=2))
-        return
-    for layout in blocks.layouts:
-        output.say(repr(layout))
-    output.say(f"written to {target}")
+        mine = tuple(head for head, own in enumerate(blocks.of_head) if own == number)
+        image = picture(layout) if number < SHOWN else None
+        found.append(Panel(mine, image, layout.density, cell_blocks(layout), repr(layout), facts))
+    return found
 
 
-def _block_sparse(text: str, block_size: int) -> BlockSparse:
-    parsed = longspan.parse_pattern(text)
-    if isinstance(parsed, Dense):
-        return BlockSparse(block_size, "all")
-    if isinstance(parsed, SlidingWindow):
-        return BlockSparse(block_size, f"local:{parsed.left},{parsed.right}")
-    if not isinstance(parsed, BlockSparse):
-        raise ArgumentError(
-            "pattern", repr(text), "a pattern of blocks, a window or dense", "e.g. blocks:128:local:1000,0"
+def _dilated(pattern: Dilated, tokens: int, causal: bool, heads: int | None, block_size: int) -> list[Panel]:
+    """A picture for each group of heads that see the same; every offset has its turn unless `heads` says how many."""
+    branches = len(pattern.segment_lengths)
+    count = heads or (branches if pattern.heads == "grouped" else max(pattern.dilation_rates))
+    found: list[Panel] = []
+    for own, offsets in dilated_heads(pattern, count).items():
+        step = max(1, -(-tokens // (block_size * CELLS)))
+        cell = block_size * step
+        shares = dilated_shares(offsets, tokens, cell, causal)
+        kept, full = shares > 0, shares >= 1
+        size = torch.full((shares.shape[0],), cell, dtype=torch.float64, device="cpu")
+        size[-1] = tokens - cell * (shares.shape[0] - 1)
+        density = float((shares * (size[:, None] * size[None, :])).sum() / tokens**2)
+        facts = {"blocks": int(kept.sum()), "full": int(full.sum()), "block_size": cell, "density": density}
+        text = (
+            f"heads {', '.join(map(str, own))}: {facts['blocks']:,} of {shares.numel():,} blocks of {cell} hold some "
+            f"pairs, {facts['full']:,} all; {density:.2%} of all pairs"
         )
-    return parsed
+        image = _coloured(kept, full, 0.25 + 0.75 * shares) if len(found) < SHOWN else None
+        found.append(Panel(own, image, density, step, text, facts))
+    return found
+
+
+def _block_sparse(pattern: Pattern, block_size: int) -> BlockSparse:
+    if isinstance(pattern, Dense):
+        return BlockSparse(block_size, "all")
+    if isinstance(pattern, SlidingWindow):
+        return BlockSparse(block_size, f"local:{pattern.left},{pattern.right}")
+    if not isinstance(pattern, BlockSparse):
+        raise ArgumentError(
+            "pattern",
+            repr(pattern.spec),
+            "a pattern whose blocks are known beforehand: of blocks, dilated, a window or dense",
+            "e.g. blocks:128:local:1000,0",
+        )
+    return pattern
 
 
 def cell_blocks(layout: BlockCSR, cells: int = CELLS) -> int:
@@ -97,40 +153,37 @@ def picture(layout: BlockCSR, cells: int = CELLS) -> Tensor:
     height = (layout.rows - torch.arange(rows, dtype=torch.int64, device="cpu") * step).clamp_(max=step)
     width = (layout.columns - torch.arange(columns, dtype=torch.int64, device="cpu") * step).clamp_(max=step)
     blocks = height[:, None] * width[None, :]
-    share = (
-        (0.5 + 0.5 * (kept / blocks)).clamp_(max=1.0)
-        if step > 1
-        else torch.ones(shape, dtype=torch.float32, device="cpu")
-    )
-    image = torch.tensor(WHITE, dtype=torch.float32, device="cpu").repeat(rows, columns, 1)
-    some = kept > 0
-    pale = torch.lerp(
-        torch.tensor(WHITE, dtype=torch.float32, device="cpu"),
-        torch.tensor(PARTIAL, dtype=torch.float32, device="cpu"),
-        share[..., None],
-    )
+    if step == 1:
+        return _coloured(kept > 0, full == blocks, torch.ones_like(kept))
+    return _coloured(kept > 0, full == blocks, (0.5 + 0.5 * (kept / blocks)).clamp_(max=1.0))
+
+
+def _coloured(some: Tensor, full: Tensor, share: Tensor) -> Tensor:
+    """`(rows, columns, 3)`: cells that hold some, the paler the smaller their share; full ones in their own colour."""
+    white, partial, blue = (torch.tensor(one, dtype=torch.float32, device="cpu") for one in (WHITE, PARTIAL, FULL))
+    image = white.repeat(*some.shape, 1)
+    pale = torch.lerp(white, partial, share[..., None])
     image[some] = pale[some]
-    image[some & (full == blocks)] = torch.tensor(FULL, dtype=torch.float32, device="cpu")
+    image[some & full] = blue
     return image
 
 
-def _draw(blocks: HeadBlocks, title: str, target: Path) -> None:
+def _draw(panels: list[Panel], title: str, tokens: int, target: Path) -> None:
     figures = _matplotlib()
-    shown = blocks.layouts[:SHOWN]
+    shown = [(one, one.image) for one in panels if one.image is not None]
     across = min(4, len(shown))
     down = -(-len(shown) // across)
     figure = figures.Figure(figsize=(1 + 5 * across, 1 + 5 * down), layout="constrained")
     figure.suptitle(title if len(title) <= 100 else title[:97] + "...", fontsize="small")
-    for number, layout in enumerate(shown):
+    for number, (one, image) in enumerate(shown):
         axes = figure.add_subplot(down, across, number + 1)
-        start, end = layout.query_offset, layout.query_offset + layout.q_len
-        image = picture(layout).tolist()
-        axes.imshow(image, extent=(0, layout.kv_len, end, start), interpolation="nearest", aspect="auto")
-        mine = [str(head) for head, its in enumerate(blocks.of_head) if its == number]
-        heads = f"heads {', '.join(mine[:8])}{', ...' if len(mine) > 8 else ''}: " if len(blocks.of_head) > 1 else ""
-        step = cell_blocks(layout)
-        cells = f", {step} x {step} blocks a cell" if step > 1 else ""
-        axes.set_title(f"{heads}{layout.density:.2%} of all pairs{cells}", fontsize="small")
+        extent = (0, tokens, tokens, 0)
+        axes.imshow(image.tolist(), extent=extent, interpolation="nearest", aspect="auto")
+        mine = [str(head) for head in one.heads]
+        alone = len(panels) == 1 and len(mine) == 1
+        heads = "" if alone else f"heads {', '.join(mine[:8])}{', ...' if len(mine) > 8 else ''}: "
+        cells = f", {one.step} x {one.step} blocks a cell" if one.step > 1 else ""
+        axes.set_title(f"{heads}{one.density:.2%} of all pairs{cells}", fontsize="small")
         axes.set_xlabel("key position")
         axes.set_ylabel("query position")
         axes.ticklabel_format(style="plain")
