@@ -223,9 +223,10 @@ class Plan:
             if not isinstance(tensor, Tensor):
                 raise ArgumentError(name, type(tensor).__name__, "a torch.Tensor", f"torch.as_tensor({name})")
             shape = self._query_shape if name == "query" else self._key_shape
-            got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-            want = f"{tuple(shape)} {self._dtype} on {self._device}, as planned"
+            got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, {tensor.layout}"
+            want = f"{tuple(shape)} {self._dtype} on {self._device}, torch.strided, as planned"
             here = tensor.device.type == self._device and tensor.device == query.device
+            here = here and tensor.layout is torch.strided
             if tensor.shape != shape or tensor.dtype is not self._dtype or not here:
                 raise ArgumentError(name, got, want, "make a plan for these tensors with Problem.like")
         return query, key, value
@@ -243,9 +244,10 @@ class Plan:
                 continue
             if not isinstance(tensor, Tensor):
                 raise ArgumentError(name, type(tensor).__name__, "a torch.Tensor", f"torch.as_tensor({name})")
-            if tensor.shape != shape or tensor.dtype is not dtype or tensor.device != device:
-                got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-                want = f"{tuple(shape)} {dtype} on {device}, as the forward's"
+            dense = tensor.layout is torch.strided
+            if tensor.shape != shape or tensor.dtype is not dtype or tensor.device != device or not dense:
+                got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, {tensor.layout}"
+                want = f"{tuple(shape)} {dtype} on {device}, torch.strided, as the forward's"
                 raise ArgumentError(name, got, want, "pass what this plan's forward returned, and gradients like it")
 
     def __reduce__(self) -> tuple[Any, ...]:

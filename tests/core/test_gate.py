@@ -94,6 +94,9 @@ def test_tensors_with_memory_of_their_own_are_served_whatever_their_class():
     grads = kernel.backward(dout, query, key, value, *want)
     named = [x.as_subclass(Named) for x in (dout, query, key, value, *want)]
     assert_same(kernel.backward(*named), grads)
+    blocks = ls.TopKBlocks(2, block_size=32)  # chosen from the tensors: of their class
+    chosen = ls.attention(*(x.as_subclass(Named) for x in (query, key, value)), blocks, backend="cpu_fused")
+    assert torch.equal(chosen, ls.attention(query, key, value, blocks, backend="cpu_fused"))
 
 
 @NATIVE
@@ -120,6 +123,8 @@ WRONG = {
     "dout-double": lambda x: {**x, "dout": x["dout"].double()},
     "dout-half": lambda x: {**x, "dout": x["dout"].half()},
     "dout-short": lambda x: {**x, "dout": x["dout"][:, :, :10]},
+    "dout-sparse": lambda x: {**x, "dout": x["dout"].to_sparse()},
+    "key-sparse": lambda x: {**x, "key": x["key"].to_sparse()},
     "dout-meta": lambda x: {**x, "dout": x["dout"].to("meta")},
     "dout-none": lambda x: {**x, "dout": None},
     "out-narrow": lambda x: {**x, "out": x["out"][..., :4]},

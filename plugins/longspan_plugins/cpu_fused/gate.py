@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from longspan import ArgumentError, LongspanError, Problem
 
-__all__ = ["Passed", "check_made", "passed", "passed_inputs"]
+__all__ = ["Passed", "check_made", "passed", "passed_inputs", "plain"]
 
 Passed = tuple[Tensor, int, tuple[int, ...]]
 """A tensor that the kernels may read, which has to be held while they do; its address; its strides, in elements."""
@@ -35,14 +35,11 @@ def passed(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
         ArgumentError: it is something else, or its memory is not its own or less than its shape takes.
     """
     if type(tensor) not in PLAIN or tensor.is_neg():
-        tensor = _plain(name, tensor)
+        tensor = plain(name, tensor)
     if tensor.dtype is not dtype or not tensor.is_cpu or tensor.shape != shape:
         got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
         raise ArgumentError(name, got, f"{tuple(shape)} {dtype} on cpu", "make a plan for these tensors")
     strides = tensor.stride()  # raises where a layout has none
-    if len(shape) == 4 and strides[3] != 1 and shape[3] > 1:
-        tensor = tensor.contiguous()
-        strides = tensor.stride()
     address = tensor.data_ptr()
     if 0 in shape:
         return tensor, address, strides  # no number of it is read
@@ -55,6 +52,9 @@ def passed(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
             f"the {needed:,} bytes that its shape and strides reach",
             OTHERS_MEMORY if held >= needed else "fill it again: its storage was freed or cut while it was in use",
         )
+    if len(shape) == 4 and strides[3] != 1 and shape[3] > 1:
+        tensor = tensor.contiguous()
+        return tensor, tensor.data_ptr(), tensor.stride()
     return tensor, address, strides
 
 
@@ -93,8 +93,12 @@ def check_made(tensor: Tensor, dtype: torch.dtype) -> int:
     return address
 
 
-def _plain(name: str, tensor: Tensor) -> Tensor:
-    """The same numbers as a tensor of torch's own class, with its signs applied."""
+def plain(name: str, tensor: Tensor) -> Tensor:
+    """The same numbers as a tensor of torch's own class, with its signs applied.
+
+    Raises:
+        ArgumentError: they lie in another tensor.
+    """
     kind = type(tensor)
     if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise ArgumentError(name, f"a {kind.__name__}, whose numbers lie elsewhere", "a plain tensor", OTHERS_MEMORY)

@@ -213,9 +213,10 @@ def _places(sums: Sequence[tuple[Pair, int]]) -> Table:
     """`attention.h`'s `sums`, for pairs of `(batch, kv_heads, keys, padded)` that begin at these keys."""
     rows = []
     for both, first in sums:
-        dkey, dvalue = both
+        dkey, _ = both
         shift = dkey.element_size() * first * dkey.stride(2)
-        rows.append([dkey.data_ptr() - shift, dvalue.data_ptr() - shift, dkey.stride(0), dkey.stride(1)])
+        addresses = (check_made(tensor, torch.float32) - shift for tensor in both)
+        rows.append([*addresses, dkey.stride(0), dkey.stride(1)])
     return Table.of(torch.tensor(rows, dtype=torch.int64, device="cpu"))
 
 

@@ -9,7 +9,7 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
-from longspan_plugins.cpu_fused.gate import check_made
+from longspan_plugins.cpu_fused.gate import check_made, plain
 
 __all__ = ["Table"]
 
@@ -29,7 +29,7 @@ class Table:
     @classmethod
     def of(cls, tensor: Tensor) -> Table:
         """A copy of the tensor's values."""
-        tensor = tensor.contiguous()
+        tensor = plain("table", tensor).contiguous()  # blocks chosen from content are of the query's class
         address = check_made(tensor, tensor.dtype)
         return cls(ctypes.string_at(address, tensor.nbytes), tuple(tensor.shape), tensor.dtype)
 
