@@ -15,29 +15,29 @@ static void *block(size_t floats) { return aligned_alloc(64, (4 * floats + 63) /
 
 static int open_space(Space *s, int64_t dim) {
     const int64_t padded = (dim + VL - 1) / VL * VL;
-    float **parts[] = {&s->query, &s->sum, &s->scores, &s->key, &s->value, &s->rows, (float **)&s->pairs, (float **)&s->weights};
-    const int64_t sizes[] = {TILE * dim, TILE * dim, KEYS * PANEL, KEYS * dim, KEYS * dim, TILE * padded, KEYS * dim, KEYS * PANEL};
-    int good = 1;
-    for (int i = 0; i < 8; i++) good &= (*parts[i] = block(sizes[i])) != 0;
-    return good;
-}
-
-static void close_space(Space *s) {
-    free(s->query), free(s->sum), free(s->scores), free(s->key), free(s->value), free(s->rows), free(s->pairs), free(s->weights);
-}
-
-static int open_trace(Trace *t, int64_t dim) {
-    const int64_t padded = (dim + VL - 1) / VL * VL;
-    float **parts[] = {&t->query_rows, &t->dout_rows, &t->query, &t->dout, &t->dquery, &t->weights, &t->slope, &t->key, &t->value, &t->rows};
-    const int64_t sizes[] = {TILE * padded, TILE * padded, TILE * dim, TILE * dim, TILE * dim, TILE * KEYS, TILE * KEYS, KEYS * dim, KEYS * dim, TILE * padded};
+    float **parts[] = {&s->query, &s->sum, &s->whole, &s->rest, &s->scores, &s->key, &s->value, &s->rows, (float **)&s->pairs, (float **)&s->weights};
+    const int64_t sizes[] = {TILE * dim, TILE * dim, TILE * dim, TILE * dim, KEYS * PANEL, KEYS * dim, KEYS * dim, TILE * padded, KEYS * dim, KEYS * PANEL};
     int good = 1;
     for (int i = 0; i < 10; i++) good &= (*parts[i] = block(sizes[i])) != 0;
     return good;
 }
 
+static void close_space(Space *s) {
+    free(s->query), free(s->sum), free(s->whole), free(s->rest), free(s->scores), free(s->key), free(s->value), free(s->rows), free(s->pairs), free(s->weights);
+}
+
+static int open_trace(Trace *t, int64_t dim) {
+    const int64_t padded = (dim + VL - 1) / VL * VL;
+    float **parts[] = {&t->query_rows, &t->dout_rows, &t->query, &t->dout, &t->dquery, &t->weights, &t->slope, &t->key, &t->value, &t->rows, &t->whole, &t->rest};
+    const int64_t sizes[] = {TILE * padded, TILE * padded, TILE * dim, TILE * dim, TILE * dim, TILE * KEYS, TILE * KEYS, KEYS * dim, KEYS * dim, TILE * padded, TILE * dim, TILE * dim};
+    int good = 1;
+    for (int i = 0; i < 12; i++) good &= (*parts[i] = block(sizes[i])) != 0;
+    return good;
+}
+
 static void close_trace(Trace *t) {
     free(t->query_rows), free(t->dout_rows), free(t->query), free(t->dout), free(t->dquery), free(t->weights), free(t->slope);
-    free(t->key), free(t->value), free(t->rows);
+    free(t->key), free(t->value), free(t->rows), free(t->whole), free(t->rest);
 }
 
 static const int64_t *program(const Job *job, int64_t head) { return job->programs + 2 * job->program_of_head[head]; }

@@ -9,17 +9,18 @@ typedef struct {
     float *query, *dout, *dquery;  /* [panel][x][lane] */
     float *weights, *slope;        /* [panel][key][lane] */
     float *key, *value, *rows;
-    float lse[TILE], natural[TILE], held[TILE]; /* `lse` to base 2 and as it is */
-    int large;                                  /* whether any lse is */
+    float *whole, *rest; /* of dquery, for the chunks before the last ones */
+    int chunks[PANELS];
+    float lse[TILE], held[TILE]; /* the latter times the scale */
+    /* A weight is e^(score * scale) * 2^-shift * share: no place of the score is lost as in its difference from the lse. */
+    float scale[TILE], shift[TILE], share[TILE];
+    int large; /* whether any lse is */
 } Trace;
 
 /* sum[key][x] += sum over rows of weights[panel][key][row] * rows[row][x], VL or 2 * VL of x. */
 INLINE void gather_rows(int keys, int wide, int seen_only, int64_t count, const float *weights, const float *rows, int64_t at, float *sum, int64_t sum_at) {
     vf a[ROWS], b[ROWS];
-    UNROLL for (int k = 0; k < keys; k++) {
-        a[k] = load(sum + k * sum_at);
-        if (wide) b[k] = load(sum + k * sum_at + VL);
-    }
+    UNROLL for (int k = 0; k < keys; k++) a[k] = b[k] = (vf){0};
     for (int64_t row = 0; row < count; row += PANEL, weights += KEYS * PANEL) {
         int64_t stop = count - row < PANEL ? count - row : PANEL;
         for (int64_t i = 0; i < stop; i++) {
@@ -35,8 +36,8 @@ INLINE void gather_rows(int keys, int wide, int seen_only, int64_t count, const 
         }
     }
     UNROLL for (int k = 0; k < keys; k++) {
-        store(sum + k * sum_at, a[k]);
-        if (wide) store(sum + k * sum_at + VL, b[k]);
+        store(sum + k * sum_at, load(sum + k * sum_at) + a[k]);
+        if (wide) store(sum + k * sum_at + VL, load(sum + k * sum_at + VL) + b[k]);
     }
 }
 
@@ -63,15 +64,17 @@ APART void gather_seen(int64_t keys, int64_t count, int64_t dim, const float *we
 
 /* Scores become the joint weights, and the slopes of the values' products the slopes of the scores. */
 APART void slopes(const Job *job, const Tile *tile, const Segment *s, int64_t row, int64_t k, int64_t keys, int part, const Dropping *drop,
-                  const Trace *trace, float *weights, float *slope, float factor) {
-    const vf la = trace->large ? (vf){0} : load(trace->lse + row), lb = trace->large ? (vf){0} : load(trace->lse + row + VL);
+                  const Trace *trace, float *weights, float *slope) {
+    const vf fa = load(trace->scale + row), fb = load(trace->scale + row + VL);
+    const vf sa = load(trace->shift + row), sb = load(trace->shift + row + VL);
+    const vf ca = load(trace->share + row), cb = load(trace->share + row + VL);
     const vf ha = load(trace->held + row), hb = load(trace->held + row + VL);
     const vf scale = all((float)job->scale);
     Lots lots;
     if (job->lines) lots = row_lots(drop, tile, row);
     for (int64_t i = 0; i < keys; i++) {
         float *at = weights + i * PANEL, *to = slope + i * PANEL;
-        vf a = exp2_of(load(at) * factor - la), b = exp2_of(load(at + VL) * factor - lb);
+        vf a = exp_shifted(load(at) * fa, sa) * ca, b = exp_shifted(load(at + VL) * fb, sb) * cb;
         vf da = load(to), db = load(to + VL);
         vf wa = a, wb = b;
         if (job->lines) {
@@ -79,7 +82,7 @@ APART void slopes(const Job *job, const Tile *tile, const Segment *s, int64_t ro
             wa = a * f.a, wb = b * f.b;
             da = pick(f.a != 0, da * f.a, (vf){0}), db = pick(f.b != 0, db * f.b, (vf){0});
         }
-        da = (da - ha) * a * scale, db = (db - hb) * b * scale;
+        da = (da * scale - ha) * a, db = (db * scale - hb) * b;
         if (part == SOME) {
             Seen see = seen(job, tile, s, row, k + i);
             wa = pick(see.a, wa, (vf){0}), wb = pick(see.b, wb, (vf){0});
@@ -96,16 +99,16 @@ APART void slopes(const Job *job, const Tile *tile, const Segment *s, int64_t ro
     }
 }
 
-/* Scores become their distance from the lse, to base 2. Where it is large, of the rounded product with the scale, as the
-   forward's lse has it, and at most 0, what a rounding elsewhere may have exceeded. */
-APART void settle(int64_t keys, float *scores, const float *lse, const float *natural, float scale, float factor) {
-    const vf limit = all(LARGE), none = {0};
+/* Where the lse is large, scores become their distance from it: of the rounded product with the scale, as the forward's
+   lse has it, and at most 0, what a rounding elsewhere may have exceeded. */
+APART void settle(int64_t keys, float *scores, const float *lse, float scale) {
+    const vf none = {0};
     for (int64_t i = 0; i < 2 * keys; i++) {
         const vf score = load(scores + i * VL), base = load(lse + i % 2 * VL);
         volatile vf scaled = score * scale; /* not fused with the difference */
-        vf x = (scaled - load(natural + i % 2 * VL)) * 1.44269504f;
+        vf x = scaled - base;
         x = pick(x > none, none, x);
-        store(scores + i * VL, pick((base > limit) | (base < -limit), x, score * factor - base));
+        store(scores + i * VL, pick(is_large(base * LOG2E), x, score));
     }
 }
 
@@ -129,16 +132,17 @@ static void open_tile(const Job *job, const Tile *tile, int64_t entry, int64_t h
     *dout = widened(rows_of(job->dout, job->dout_at, entry, head, tile->index, kind), dout_at, tile->count, dim, padded, kind, t->dout_rows);
     const float *out = widened(rows_of(job->out, job->out_at, entry, head, tile->index, kind), &out_at, tile->count, dim, dim, kind, t->rows);
     t->large = 0;
+    const float scale = (float)job->scale;
     for (int64_t i = 0; i < TILE; i++) {
-        t->lse[i] = t->natural[i] = INFINITY; /* weights 0, for rows without keys too */
-        t->held[i] = 0;
+        t->lse[i] = t->shift[i] = INFINITY; /* weights 0, for rows without keys too */
+        t->scale[i] = fabsf(scale), t->share[i] = 0, t->held[i] = 0;
         if (i >= tile->count) continue;
         const int64_t at = tile->index + i * tile->step;
         const float lse = job->lse[entry * job->lse_at[0] + head * job->lse_at[1] + at * job->lse_at[2]];
         if (lse != -INFINITY) {
-            t->natural[i] = lse;
-            t->lse[i] = lse * 1.44269504f;
-            if (fabsf(t->lse[i]) > LARGE) t->large = 1;
+            const double base = lse * 1.4426950408889634;
+            t->lse[i] = lse, t->scale[i] = scale, t->shift[i] = (float)rint(base), t->share[i] = (float)(rint(base) - base);
+            if (fabsf(lse * LOG2E) > LARGE) t->large = 1, t->scale[i] = 1, t->shift[i] = 0, t->share[i] = 0;
         }
         float held = 0;
         const float *o = out + i * out_at, *d = *dout + i * *dout_at;
@@ -148,8 +152,9 @@ static void open_tile(const Job *job, const Tile *tile, int64_t entry, int64_t h
         for (; x < dim; x++) held += o[x] * d[x];
         for (int lane = 0; lane < VL; lane++) held += sum[lane];
         if (job->dlse) held -= job->dlse[entry * job->dlse_at[0] + head * job->dlse_at[1] + at * job->dlse_at[2]];
-        t->held[i] = held;
+        t->held[i] = held * scale;
     }
+    for (int64_t i = 0; i < TILE; i += VL) store(t->share + i, exp2_of(load(t->share + i)));
 #if defined(__AVX512BF16__)
     if (paired(job)) {
         spread_pairs((uint32_t *)t->query, (const uint16_t *)rows_of(job->query, job->query_at, entry, head, tile->index, kind),
@@ -163,12 +168,12 @@ static void open_tile(const Job *job, const Tile *tile, int64_t entry, int64_t h
         spread(t->dout, *dout, *dout_at, tile->count, dim, 1.0f);
     }
     memset(t->dquery, 0, sizeof(float) * TILE * dim);
+    memset(t->chunks, 0, sizeof(t->chunks));
 }
 
 static void backward_tile(const Job *job, const Tile *tile, int64_t entry, int64_t head, float *dkeys, float *dvalues, Trace *t) {
     const int kind = (int)job->kind;
     const int64_t dim = job->dim, own = head / job->group, padded = (dim + VL - 1) / VL * VL;
-    const float factor = (float)(job->scale * 1.4426950408889634);
     const int64_t panels = (tile->count + PANEL - 1) / PANEL;
     const Pair keep = {all(1.0f), all(1.0f)};
     const float *query, *dout;
@@ -211,15 +216,21 @@ static void backward_tile(const Job *job, const Tile *tile, int64_t entry, int64
                     score(keys, dim, key, key_at, t->query + row * dim, weights, keep);
                     score(keys, dim, value, value_at, t->dout + row * dim, slope, keep);
                 }
-                if (t->large) settle(keys, weights, t->lse + row, t->natural + row, (float)job->scale, factor);
-                slopes(job, tile, s, row, k, keys, part, &drop, t, weights, slope, t->large ? 1.0f : factor);
+                if (t->large) settle(keys, weights, t->lse + row, (float)job->scale);
+                slopes(job, tile, s, row, k, keys, part, &drop, t, weights, slope);
+                const int chunks = t->chunks[p]++;
+                if (chunks && chunks % RUN == 0) lift(dim, t->dquery + row * dim, t->whole + row * dim, t->rest + row * dim, keep, chunks == RUN);
                 (clean ? weigh : weigh_seen)(keys, dim, key, key_at, slope, t->dquery + row * dim, keep);
             }
             const int64_t at = padded * s->step, from = start * padded;
             (clean ? gather : gather_seen)(keys, tile->count, padded, t->weights, dout, dout_at, dvalues + from, at);
             (clean ? gather : gather_seen)(keys, tile->count, padded, t->slope, query, query_at, dkeys + from, at);
         }
-    for (int64_t row = 0; row < tile->count; row += PANEL)
+    for (int64_t row = 0; row < tile->count; row += PANEL) {
+        if (t->chunks[row / PANEL] > RUN) {
+            lift(dim, t->dquery + row * dim, t->whole + row * dim, t->rest + row * dim, keep, 0);
+            join(dim, t->dquery + row * dim, t->whole + row * dim, t->rest + row * dim);
+        }
         for (int half = 0; half < 2; half++) {
             const float *from = t->dquery + row * dim + half * VL;
             int64_t x = 0;
@@ -231,4 +242,5 @@ static void backward_tile(const Job *job, const Tile *tile, int64_t entry, int64
                 narrow_row(rows_of(job->dquery, job->dquery_at, entry, head, at, kind), t->rows + i * padded, dim, kind);
             }
         }
+    }
 }

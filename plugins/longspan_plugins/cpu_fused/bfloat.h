@@ -91,10 +91,7 @@ INLINE void narrow_pairs(int64_t keys, const float *scores, uint32_t *to) {
 
 INLINE void weigh_pair_rows(int rows, int64_t keys, int64_t dim, const uint32_t *value, const uint32_t *weights, float *sum, Pair fade) {
     vf a[ROWS], b[ROWS];
-    UNROLL for (int r = 0; r < rows; r++) {
-        a[r] = load(sum + r * PANEL) * fade.a;
-        b[r] = load(sum + r * PANEL + VL) * fade.b;
-    }
+    UNROLL for (int r = 0; r < rows; r++) a[r] = b[r] = (vf){0};
     for (int64_t k = 0; k < (keys + 1) / 2; k++) {
         vb wa = pair_load(weights + k * PANEL), wb = pair_load(weights + k * PANEL + VL);
         UNROLL for (int r = 0; r < rows; r++) {
@@ -104,8 +101,8 @@ INLINE void weigh_pair_rows(int rows, int64_t keys, int64_t dim, const uint32_t 
         }
     }
     UNROLL for (int r = 0; r < rows; r++) {
-        store(sum + r * PANEL, a[r]);
-        store(sum + r * PANEL + VL, b[r]);
+        store(sum + r * PANEL, load(sum + r * PANEL) * fade.a + a[r]);
+        store(sum + r * PANEL + VL, load(sum + r * PANEL + VL) * fade.b + b[r]);
     }
 }
 

@@ -5,7 +5,14 @@
 #include "attention.h"
 #include "vectors.h"
 
-enum { KEYS = 64 }; /* keys of a chunk: a panel's scores, KEYS x PANEL floats, stay in the first cache */
+enum {
+    KEYS = 64, /* keys of a chunk: a panel's scores, KEYS x PANEL floats, stay in the first cache */
+    SPAN = 128, /* most products of a score that are added up one after the other */
+    RUN = 32    /* most chunks, or tiles, whose sums are */
+};
+
+/* A float32 sum of n terms one after the other is off by their number's root times the last place, or n times where all
+   are alike. So a chunk's terms are summed from 0, at most RUN chunks' sums in turn, and those sums exactly. */
 
 /* Scaled scores, to base 2, from which on a fused multiply-add no longer serves: it keeps what the rounded maximum has
    lost, up to half a unit in the last place, and 2 to that power weighs the key. */
@@ -19,12 +26,25 @@ typedef struct {
 INLINE Pair score_rows(int rows, int64_t dim, const float *key, int64_t key_at, const float *query, float *scores, Pair top) {
     vf a[ROWS], b[ROWS];
     UNROLL for (int r = 0; r < rows; r++) a[r] = b[r] = (vf){0};
-    for (int64_t x = 0; x < dim; x++) {
-        vf qa = load(query + x * PANEL), qb = load(query + x * PANEL + VL);
+    for (int64_t x = 0;;) {
+        for (const int64_t stop = dim - x < SPAN ? dim : x + SPAN; x < stop; x++) {
+            vf qa = load(query + x * PANEL), qb = load(query + x * PANEL + VL);
+            UNROLL for (int r = 0; r < rows; r++) {
+                vf k = all(key[r * key_at + x]);
+                a[r] += k * qa;
+                b[r] += k * qb;
+            }
+        }
+        if (x > SPAN) /* what the spans before have come to */
+            UNROLL for (int r = 0; r < rows; r++) {
+                a[r] += load(scores + r * PANEL);
+                b[r] += load(scores + r * PANEL + VL);
+            }
+        if (x == dim) break;
         UNROLL for (int r = 0; r < rows; r++) {
-            vf k = all(key[r * key_at + x]);
-            a[r] += k * qa;
-            b[r] += k * qb;
+            store(scores + r * PANEL, a[r]);
+            store(scores + r * PANEL + VL, b[r]);
+            a[r] = b[r] = (vf){0};
         }
     }
     UNROLL for (int r = 0; r < rows; r++) {
@@ -47,10 +67,7 @@ APART Pair score(int64_t keys, int64_t dim, const float *key, int64_t key_at, co
 /* sum[x][lane] = sum[x][lane] * fade[lane] + sum over keys of value[key][x] * weights[key][lane]. */
 INLINE void weigh_rows(int rows, int64_t keys, const float *value, int64_t value_at, const float *weights, float *sum, Pair fade) {
     vf a[ROWS], b[ROWS];
-    UNROLL for (int r = 0; r < rows; r++) {
-        a[r] = load(sum + r * PANEL) * fade.a;
-        b[r] = load(sum + r * PANEL + VL) * fade.b;
-    }
+    UNROLL for (int r = 0; r < rows; r++) a[r] = b[r] = (vf){0};
     for (int64_t k = 0; k < keys; k++) {
         vf wa = load(weights + k * PANEL), wb = load(weights + k * PANEL + VL);
         UNROLL for (int r = 0; r < rows; r++) {
@@ -60,8 +77,8 @@ INLINE void weigh_rows(int rows, int64_t keys, const float *value, int64_t value
         }
     }
     UNROLL for (int r = 0; r < rows; r++) {
-        store(sum + r * PANEL, a[r]);
-        store(sum + r * PANEL + VL, b[r]);
+        store(sum + r * PANEL, load(sum + r * PANEL) * fade.a + a[r]);
+        store(sum + r * PANEL + VL, load(sum + r * PANEL + VL) * fade.b + b[r]);
     }
 }
 
@@ -74,15 +91,43 @@ APART void weigh(int64_t keys, int64_t dim, const float *value, int64_t value_at
 /* The same where a weight of 0 is a key that the lane may not see: 0 times NaN is NaN, so such terms are left out. */
 APART void weigh_seen(int64_t keys, int64_t dim, const float *value, int64_t value_at, const float *weights, float *sum, Pair fade) {
     for (int64_t x = 0; x < dim; x++) {
-        vf a = load(sum + x * PANEL) * fade.a, b = load(sum + x * PANEL + VL) * fade.b;
+        vf a = {0}, b = {0};
         for (int64_t k = 0; k < keys; k++) {
             vf wa = load(weights + k * PANEL), wb = load(weights + k * PANEL + VL), v = all(value[k * value_at + x]);
             a = pick(wa != 0, a + v * wa, a);
             b = pick(wb != 0, b + v * wb, b);
         }
-        store(sum + x * PANEL, a);
-        store(sum + x * PANEL + VL, b);
+        store(sum + x * PANEL, load(sum + x * PANEL) * fade.a + a);
+        store(sum + x * PANEL + VL, load(sum + x * PANEL + VL) * fade.b + b);
     }
+}
+
+/* whole + rest += part, without a loss: `rest` holds what the additions to `whole` rounded off. */
+INLINE void add_exactly(vf part, vf *whole, vf *rest) {
+    const vf sum = *whole + part, back = sum - *whole, lost = (*whole - (sum - back)) + (part - back);
+    *rest += pick(lost == lost, lost, (vf){0}); /* NaN where the sum is infinite */
+    *whole = sum;
+}
+
+/* The same for a panel: sum[x][lane] moves to the level above, which has faded since by `fade`. */
+APART void lift(int64_t dim, float *sum, float *whole, float *rest, Pair fade, int is_first) {
+    if (is_first) {
+        memcpy(whole, sum, sizeof(float) * dim * PANEL);
+        memset(rest, 0, sizeof(float) * dim * PANEL);
+    } else
+        for (int64_t i = 0; i < dim * PANEL; i += VL) {
+            const vf by = i / VL % 2 ? fade.b : fade.a;
+            vf high = load(whole + i) * by, low = load(rest + i) * by;
+            add_exactly(load(sum + i), &high, &low);
+            store(whole + i, high);
+            store(rest + i, low);
+        }
+    memset(sum, 0, sizeof(float) * dim * PANEL);
+}
+
+/* What a panel's levels come to, in `sum`. */
+INLINE void join(int64_t dim, float *sum, const float *whole, const float *rest) {
+    for (int64_t i = 0; i < dim * PANEL; i += VL) store(sum + i, load(whole + i) + load(rest + i));
 }
 
 INLINE int all_finite(const float *rows, int64_t at, int64_t count, int64_t dim) {

@@ -27,6 +27,7 @@ typedef float vf_any __attribute__((vector_size(4 * VL), aligned(4), may_alias))
 typedef int32_t vi_any __attribute__((vector_size(4 * VL), aligned(4), may_alias));
 typedef uint16_t vh_any __attribute__((vector_size(2 * VL), aligned(2), may_alias));
 
+#define LOG2E 1.44269504f
 #define INLINE static inline __attribute__((always_inline))
 #define APART static __attribute__((noinline))
 #define UNROLL _Pragma("GCC unroll 16")
@@ -56,30 +57,55 @@ INLINE vf larger(vf a, vf b) {
 #endif
 }
 
-/* 2^x to about one unit in the last place; 0 below -150 and for -inf, NaN for NaN. */
-INLINE vf exp2_of(vf x) {
-    x = larger(all(-150.0f), x);
+/* The nearest integer, of numbers below 2^22. */
+INLINE vf nearest(vf x) {
 #if defined(__AVX512F__)
-    vf n = (vf)_mm512_roundscale_ps((__m512)x, 8);
+    return (vf)_mm512_roundscale_ps((__m512)x, 8);
 #else
-    vf n = (x + 12582912.0f) - 12582912.0f; /* 1.5 * 2^23: rounds to the nearest integer */
+    return (x + 12582912.0f) - 12582912.0f; /* 1.5 * 2^23 */
 #endif
-    vf f = x - n;
-    vf p = all(1.5403530e-4f);
-    p = p * f + 1.3333558e-3f;
-    p = p * f + 9.6181291e-3f;
-    p = p * f + 5.5504109e-2f;
-    p = p * f + 2.4022651e-1f;
-    p = p * f + 6.9314718e-1f;
-    p = p * f + 1.0f;
+}
+
+/* p * 2^n for an integer n; NaN where it is. Without AVX-512, 0 below -150. */
+INLINE vf scaled_by(vf p, vf n) {
 #if defined(__AVX512F__)
     return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
+    n = larger(all(-150.0f), n);
     vi e = __builtin_convertvector(n, vi);
     vi half = e >> 1; /* in two steps, for results below the smallest normal number */
     vf scaled = p * (vf)((half + 127) << 23) * (vf)((e - half + 127) << 23);
-    return pick(x == x, scaled, x);
+    return pick(n == n, scaled, n);
 #endif
+}
+
+/* 2^x; 0 below -150 and for -inf, NaN for NaN. Both polynomials are those whose largest relative error, 3e-9, is least. */
+INLINE vf exp2_of(vf x) {
+    x = larger(all(-150.0f), x);
+    const vf n = nearest(x), f = x - n;
+    vf p = all(1.53533620e-4f);
+    p = p * f + 1.33988739e-3f;
+    p = p * f + 9.61843692e-3f;
+    p = p * f + 5.55033237e-2f;
+    p = p * f + 2.40226477e-1f;
+    p = p * f + 6.93147182e-1f;
+    p = p * f + 1.0f;
+    return scaled_by(p, n);
+}
+
+/* e^x * 2^-shift for an integer `shift`, as exact as where the shift is 0; NaN for NaN. */
+INLINE vf exp_shifted(vf x, vf shift) {
+    x = larger(all(-1e5f), x);
+    const vf n = nearest(x * LOG2E);
+    const vf f = x - n * 0.693359375f - n * -2.12194440e-4f; /* n * log 2 in two parts, the first product exact */
+    vf p = all(1.38143206e-3f);
+    p = p * f + 8.36885069e-3f;
+    p = p * f + 4.16684002e-2f;
+    p = p * f + 1.66665196e-1f;
+    p = p * f + 0.49999994f;
+    p = p * f + 1.0f;
+    p = p * f + 1.0f;
+    return scaled_by(p, n - shift);
 }
 
 /* bfloat16 and float16 to float: `kind` 0 is float itself, 1 bfloat16, 2 float16. */
