@@ -20,6 +20,8 @@ __all__ = ["BUDGET", "backward", "forward", "taint"]
 
 BUDGET = 16 * 2**20
 """Bytes of scores held at once."""
+ROWS = 4096
+"""Most query rows, of all heads that share a key head, in one product: sums over rows are made in two levels."""
 
 
 def forward(
@@ -257,7 +259,7 @@ def _blocks(query: Tensor, key: Tensor, is_causal: bool) -> Iterator[_Block]:
         return
     line = heads * kv_len * (8 if query.dtype == torch.float64 else 4)  # bytes of scores for one row of one entry
     entries = max(1, min(batch, BUDGET // (line * min(q_len, 256))))
-    rows = max(16, BUDGET // (line * entries))
+    rows = max(16, min(BUDGET // (line * entries), ROWS * kv_heads // heads))
     for b in range(0, batch, entries):
         for start in range(0, q_len, rows):
             stop = min(start + rows, q_len)

@@ -84,8 +84,7 @@ def _head(pattern: tuple[Tensor, Tensor, Tensor], query: Tensor, key: Tensor, va
     scores = torch.sparse.sampled_addmm(sample, query.contiguous(), key.t().contiguous(), beta=0.0).values()
     largest = torch.segment_reduce(scores, "max", offsets=pointers)
     weights = (scores - largest[row]).exp_()
-    total = torch.zeros_like(largest).index_add_(0, row, weights)
-    product = (
-        torch.sparse_csr_tensor(pointers, columns, weights / total[row], size, dtype=query.dtype, device="cpu") @ value
-    )
-    return product, largest + total.log()
+    wide = weights.double()  # both sums below add up a row's keys one after the other
+    total = wide.new_zeros(len(largest)).index_add_(0, row, wide)
+    shares = torch.sparse_csr_tensor(pointers, columns, wide / total[row], size, dtype=wide.dtype, device="cpu")
+    return (shares @ value.double()).to(query.dtype), (largest + total.log()).to(query.dtype)

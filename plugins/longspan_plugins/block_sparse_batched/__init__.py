@@ -62,10 +62,10 @@ def _dense_kernel(problem: Problem) -> Kernel:
     def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v = _together(wide, query, key, value)
         scores = _scores(q, k, is_causal, scale)
-        logs = scores.log_softmax(-1)
-        lse = scores.amax(-1).sub_(logs.amax(-1))
+        weights = scores.softmax(-1)
+        lse = scores.amax(-1).sub_(weights.amax(-1).log_())
         tainted = is_causal and not math.isfinite(v.sum())  # a masked weight of 0 times NaN is NaN
-        out = torch.bmm(logs.exp_(), containment.without(v, ~v.isfinite()) if tainted else v).view(query.shape)
+        out = torch.bmm(weights, containment.without(v, ~v.isfinite()) if tainted else v).view(query.shape)
         if tainted:
             out = containment.add_taint(out, value)
         return out.to(query.dtype), lse.view(query.shape[:3])

@@ -14,7 +14,7 @@ from longspan_plugins.block_sparse_batched.batches import Batch, batches_of
 __all__ = ["block_kernel"]
 
 Gradients = tuple[Tensor, Tensor, Tensor]
-log_softmax: Any = torch.ops.aten._log_softmax.out
+softmax: Any = torch.ops.aten._softmax.out
 
 
 def block_kernel(problem: Problem, layout: BlockLayout, most: int) -> Kernel | None:
@@ -89,13 +89,13 @@ def _attend(batch: Batch, query: Tensor, key: Tensor, value: Tensor, scale: floa
 
 
 def _products(batch: Batch, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    both = q.new_empty(2, batch.lines, batch.size, batch.most * batch.size)  # scores, and their logarithmic softmax
-    scores, logs = both.unbind()
+    both = q.new_empty(2, batch.lines, batch.size, batch.most * batch.size)  # scores, and their softmax
+    scores, weights = both.unbind()
     _scores(batch, q, k, scale, scores)
-    log_softmax(scores, -1, False, out=logs)
+    softmax(scores, -1, False, out=weights)
     largest = both.amax(-1)
-    lse = largest[0] - largest[1]
-    return torch.bmm(logs.exp_(), v), lse
+    lse = largest[0] - largest[1].log_()
+    return torch.bmm(weights, v), lse
 
 
 def _gradients(

@@ -1,4 +1,4 @@
-"""torch's flash operator for CPUs, and what it gets wrong where there are NaN and inf: they reach hidden rows."""
+"""torch's flash operator for CPUs, and what it gets wrong: NaN and inf reach hidden rows, long columns are lossy."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ aten: Any = torch.ops.aten
 _flash = aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 Gradients = tuple[Tensor, Tensor, Tensor]
+ROWS = {torch.float16: 1024, torch.bfloat16: 1024, torch.float32: 4096}
+"""Most query rows, of all heads that share a key head, whose gradients of keys and values the operator adds up.
+
+It keeps these sums in the inputs' dtype: after 65,536 rows in bfloat16 7% are lost, where naive torch loses 0.2%. And
+it adds the rows of heads that share keys one after the other.
+"""
 
 
 def forward(
@@ -58,13 +64,57 @@ def backward(
         return _masked_backward(dout, query, key, value, out, lse, scale, mask)
 
     def run(*tensors: Tensor) -> Gradients:
-        found: Gradients = _flash_backward(*tensors, 0.0, is_causal, scale=scale)
-        return found
+        return _gradients(*tensors, is_causal=is_causal, scale=scale)
 
     result = run(dout, query, key, value, out, lse)
     if is_causal and not is_finite(*result):
         return containment.backward(run, dout, query, key, value, out, lse, scale=scale, mask=None)
     return result
+
+
+def _gradients(
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    is_causal: bool,
+    scale: float,
+    mask: Tensor | None = None,
+) -> Gradients:
+    """The operator's, of `ROWS` query rows at a time where there are more; those of keys and values add up wide."""
+    group, q_len, kv_len = query.shape[1] // max(1, key.shape[1]), query.shape[2], key.shape[2]
+    adds_up_well = query.dtype == torch.float64 or (query.dtype == torch.float32 and group == 1)
+    if adds_up_well or not kv_len or q_len * group <= ROWS[query.dtype]:
+        found: Gradients = _flash_backward(
+            dout, query, key, value, out, lse, 0.0, is_causal, attn_mask=mask, scale=scale
+        )
+        return found
+    dquery = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    dkey, dvalue = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (key, value))
+    step = max(1, ROWS[query.dtype] // group)
+    for start in range(0, q_len, step):
+        rows = slice(start, min(start + step, q_len))
+        before = slice(0, min(start, kv_len) if is_causal else kv_len)
+        parts = [(before, False)]
+        if is_causal:
+            parts.append((slice(before.stop, min(rows.stop, kv_len)), True))
+        own = [x[:, :, rows] for x in (dout, query, out, lse)]
+        bias = None if mask is None else mask[:, :, rows]
+        total: Tensor | None = None
+        for keys, on_diagonal in parts:
+            if keys.stop == keys.start:
+                continue
+            k, v = key[:, :, keys], value[:, :, keys]
+            dq, dk, dv = _flash_backward(own[0], own[1], k, v, *own[2:], 0.0, on_diagonal, attn_mask=bias, scale=scale)
+            total = dq if total is None else total.float() + dq
+            dkey[:, :, keys] += dk
+            dvalue[:, :, keys] += dv
+        assert total is not None  # a row sees keys
+        dquery[:, :, rows] = total
+    return dquery, dkey.to(key.dtype), dvalue.to(value.dtype)
 
 
 def _masked(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,8 +135,7 @@ def _masked_backward(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float, mask: Tensor
 ) -> Gradients:
     def run(*tensors: Tensor) -> Gradients:
-        found: Gradients = _flash_backward(*tensors, 0.0, False, attn_mask=mask, scale=scale)
-        return found
+        return _gradients(*tensors, is_causal=False, scale=scale, mask=mask)
 
     dout, query, key, value, out, lse = map(_aligned, (dout, query, key, value, out, lse))
     found = run(dout, query, key, value, out, lse.masked_fill(lse == -math.inf, math.inf))  # for weights of 0
