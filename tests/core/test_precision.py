@@ -7,6 +7,7 @@ The error is the root mean square of the difference from the float64 oracle, rel
 from __future__ import annotations
 
 import math
+from functools import cache
 from itertools import product
 
 import pytest
@@ -81,6 +82,78 @@ def test_error_at_most_two_and_three_times_that_of_naive_torch(backend, name, dt
         assert one.dtype == dtype
         ours, theirs = lost(one, right), lost(other, right)
         assert ours <= 3 * theirs, f"{what}: {ours:.3g}, naive {theirs:.3g}"
+
+
+LONG, FEW = 65536, 4
+EVERY = ("cpu_fused", "sdpa", "reference", "pascal_fp32", "block_sparse_batched", "torch_sparse")
+LIMITS = {"out": 2.0, "lse": 2.0, "dquery": 3.0, "dkey": 3.0, "dvalue": 3.0}
+
+
+def written(q, k, v, dout, scale, dtype):
+    """Out, lse, dquery, dkey and dvalue as anyone would write them down in a dtype; key heads are shared."""
+    q, k, v = (x.detach().to(dtype).requires_grad_() for x in (q, k, v))
+    scores = q @ k.mT * scale
+    out = scores.softmax(-1) @ v
+    return out.detach(), scores.logsumexp(-1).detach(), *torch.autograd.grad(out, (q, k, v), dout.to(dtype))
+
+
+def answered(q, k, v, dout, scale, backend):
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    out, lse = ls.attention(q, k, v, scale=scale, backend=backend, return_lse=True, enable_gqa=True)
+    return out.detach(), lse.detach(), *torch.autograd.grad(out, (q, k, v), dout)
+
+
+@cache
+def long_case(queries, keys, heads, dim, values, scale, dtype):
+    """The tensors, the truth and what naive torch loses. All positive: running sums drift, and nothing cancels."""
+    generator = torch.Generator().manual_seed(5)
+    draw = torch.rand if values == "positive" else torch.randn
+    shapes = [(1, heads, queries, dim), (1, 1, keys, dim), (1, 1, keys, dim), (1, heads, queries, dim)]
+    tensors = [draw(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    truth = written(*tensors, scale, torch.float64)
+    return tensors, truth, [lost(*pair) for pair in zip(written(*tensors, scale, dtype), truth, strict=True)]
+
+
+def check_long(backend, *case):
+    tensors, truth, plain = long_case(*case)
+    for (name, limit), one, right, other in zip(
+        LIMITS.items(), answered(*tensors, case[5], backend), truth, plain, strict=True
+    ):
+        ours = lost(one, right)
+        assert ours <= limit * other, f"{name}: {ours:.3g}, naive {other:.3g}"
+
+
+def takes(backend, dtype):
+    problem = ls.Problem(batch=1, heads=1, q_len=FEW, kv_len=LONG, head_dim=32, dtype=str(dtype).removeprefix("torch."))
+    return any(one.name == backend and one.ok for one in ls.explain(problem).candidates)
+
+
+@pytest.mark.parametrize("values", ["normal", "positive"])
+@pytest.mark.parametrize(("queries", "keys"), [(FEW, LONG), (LONG, FEW)], ids=["rows", "columns"])
+@pytest.mark.parametrize(("backend", "dtype"), [pair for pair in product(EVERY, DTYPES) if takes(*pair)])
+def test_long_rows_and_columns_lose_no_more_than_naive_torch(backend, dtype, queries, keys, values):
+    """A row's out, lse and dquery are sums over 65,536 keys; a column's dkey and dvalue over as many queries."""
+    check_long(backend, queries, keys, 1, 32, values, 32**-0.5, dtype)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(FEW, 4096), (4096, FEW)], ids=["rows", "columns"])
+@pytest.mark.parametrize("values", ["normal", "positive"])
+@pytest.mark.parametrize("dim", [256, 1024])
+@pytest.mark.parametrize("backend", [name for name in EVERY if name != "pascal_fp32"])
+def test_wide_heads_lose_no_more_than_naive_torch(backend, dim, values, queries, keys):
+    check_long(backend, queries, keys, 1, dim, values, dim**-0.5, torch.float32)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference", "block_sparse_batched", "torch_sparse"])
+def test_columns_of_heads_that_share_keys(backend):
+    check_long(backend, 16384, FEW, 4, 32, "positive", 32**-0.5, torch.float32)
+
+
+@pytest.mark.parametrize("scale", [2.0, 1.9])
+@pytest.mark.parametrize("backend", ["cpu_fused", "sdpa"])
+def test_one_key_with_all_of_the_weight_has_it_in_the_backward_too(backend, scale):
+    """The backward's score is rounded as the forward's was: where the lse is a score, the weight is 1."""
+    check_long(backend, 2048, FEW, 1, 64, "normal", scale, torch.float32)
 
 
 @each_backend
