@@ -51,6 +51,7 @@ from longspan.errors import (
 from longspan.explain import explain
 from longspan.folders import cache_folder
 from longspan.hookspecs import hookimpl
+from longspan.installing import install_line
 from longspan.layout import Layout
 from longspan.merge import merge_
 from longspan.patterns import Dense, Dilated, Pattern, SlidingWindow, parse_pattern
@@ -143,6 +144,7 @@ __all__ = [
     "global_tokens",
     "hierarchical_blocks",
     "hookimpl",
+    "install_line",
     "layout_from",
     "local_blocks",
     "longformer",

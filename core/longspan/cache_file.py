@@ -27,6 +27,7 @@ from longspan.block_sparse import BlockSparse
 from longspan.cache_entry import LayoutKey
 from longspan.errors import ArgumentError, LongspanError, warn_caller
 from longspan.folders import NotOwn, read_own, why_unread, write_whole
+from longspan.installing import extra_line
 from longspan.patterns import parse_pattern
 
 __all__ = ["load", "save"]
@@ -154,7 +155,7 @@ def _safetensors() -> Any:
         return import_module("safetensors.torch")
     except ImportError as error:
         raise LongspanError(
-            "layouts on disk need safetensors, which is not installed. Next: pip install 'longspan[cache]'"
+            f"layouts on disk need safetensors, which is not installed. Next: {extra_line('cache')}"
         ) from error
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan import Capabilities, Kernel, Problem, Reason, hookimpl
+from longspan import Capabilities, Kernel, Problem, Reason, hookimpl, install_line
 
 SEEN = 128
 """Length at which a problem is shown to xformers when it is asked what it refuses: no answer depends on it."""
@@ -34,7 +34,8 @@ def longspan_unsupported(problem: Problem) -> Iterable[Reason]:
     try:
         version("xformers")
     except PackageNotFoundError:
-        yield Reason("package", "xformers", "not installed", "the package xformers", "pip install 'longspan[xformers]'")
+        fix = install_line("xformers>=0.0.30")
+        yield Reason("package", "xformers", "not installed", "the package xformers", fix)
         return
     if problem.dtype == "bfloat16" and problem.device.type == "cuda" and not problem.device.matches("cuda>=8.0"):
         yield Reason("dtype", "dtype", "bfloat16", "float16 or float32 before sm_80", "query.half()")

@@ -126,7 +126,7 @@ def test_without_matplotlib_the_command_says_what_to_install(cli, tmp_path, monk
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, out, err = cli("plot", "window:5,0", "--tokens", 64, "--output", tmp_path / "picture.png")
     assert (code, out) == (2, "")
-    assert "pip install 'longspan[plot]'" in err
+    assert "pip install 'matplotlib>=3.8'" in err
 
 
 @pytest.mark.parametrize(

@@ -358,7 +358,7 @@ def test_without_safetensors_the_error_names_it(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     for action in (PatternCache().save, PatternCache().load):
-        with pytest.raises(ls.LongspanError, match=r"pip install 'longspan\[cache\]'"):
+        with pytest.raises(ls.LongspanError, match=r"pip install 'safetensors>=0\.4\.3'"):
             action(tmp_path / "x")
 
 

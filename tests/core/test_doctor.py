@@ -17,8 +17,10 @@ import longspan as ls
 from longspan import Capabilities, Device, Reason, quarantine
 from longspan.doctor import gpus, machine, settings, unusable
 from longspan.doctor.settings import in_environment, readable
+from longspan.installing import pip
 from longspan.spec import BackendInfo, Candidate
 
+PIP = pip()
 BUILTIN = {
     "block_sparse_batched", "cpu_fused", "flash", "flex", "pascal_fp32", "reference", "sdpa", "torch_sparse",
     "xformers",
@@ -73,7 +75,7 @@ def test_what_is_of_no_use_here_is_no_fault(starts):  # noqa: F811
     reason = useless["flash"]["reasons"][0]
     assert (reason["device"], reason["here"], reason["code"]) == ("cpu", True, "device")
     package = [reason for reason in useless["xformers"]["reasons"] if reason["code"] == "package"]
-    assert [(one["here"], one["fix"]) for one in package] == [(False, "pip install 'longspan[xformers]'")]
+    assert [(one["here"], one["fix"]) for one in package] == [(False, f"{PIP} install 'xformers>=0.0.30'")]
     assert useless["xformers"]["fixes"] == [], "to install it mends nothing on a CPU"
     assert report["ok"] is True
 
@@ -118,11 +120,11 @@ def test_each_fault_is_listed_with_the_line_that_mends_it(crowd):
     }  # fmt: skip
     mends = {what.split()[0]: found for what, found in lines(report).items()}
     assert mends == {
-        "lib": ["pip install --upgrade acme-lib", "export LONGSPAN_BLOCK=lib"],
-        "exits": ["pip install --upgrade acme-exits", "export LONGSPAN_BLOCK=exits"],
-        "typo": ["pip install --upgrade acme-typo", "export LONGSPAN_BLOCK=typo"],
-        "future": ["pip install --upgrade acme-future longspan", "export LONGSPAN_BLOCK=future"],
-        "twice": ["pip uninstall acme-one", "pip uninstall acme-two"],
+        "lib": [f"{PIP} install --upgrade acme-lib", "export LONGSPAN_BLOCK=lib"],
+        "exits": [f"{PIP} install --upgrade acme-exits", "export LONGSPAN_BLOCK=exits"],
+        "typo": [f"{PIP} install --upgrade acme-typo", "export LONGSPAN_BLOCK=typo"],
+        "future": [f"{PIP} install --upgrade acme-future", "export LONGSPAN_BLOCK=future"],
+        "twice": [f"{PIP} uninstall acme-one", f"{PIP} uninstall acme-two"],
         "crash": ["longspan doctor --release crash"],
     }
     assert [crash["name"] for crash in report["quarantine"]["crashes"]] == ["crash"]
@@ -219,7 +221,7 @@ def test_the_lines_that_mend_it_apart(apart):
     mends = {what.split()[0]: found for what, found in lines(report).items()}
     block = "export LONGSPAN_BLOCK=kept-out,{}".format
     for name in ("crash", "leaves", "exits", "hangs"):
-        assert mends[name] == [f"pip install --upgrade acme-{name}", block(name)]
+        assert mends[name] == [f"{PIP} install --upgrade acme-{name}", block(name)]
     assert mends["recovered"] == ["longspan doctor --release recovered"]
     offered = {what.split()[0]: found for what, found in lines(report, broken=False).items()}
     assert offered["eager"] == [block("eager")]

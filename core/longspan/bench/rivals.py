@@ -21,6 +21,7 @@ from torch import Tensor
 import longspan
 from longspan import BlockCSR, BlockSparse, Problem
 from longspan.errors import LongspanError
+from longspan.installing import extra_line
 
 __all__ = ["Contest", "against_bigbird", "against_flex", "against_longformer", "need_transformers"]
 
@@ -117,8 +118,8 @@ def need_transformers(module: str = "transformers") -> Any:
         return import_module(module)
     except ImportError as error:
         raise LongspanError(
-            "Longformer and BigBird come from transformers, which is not installed. Next: pip install "
-            "'longspan[bench]', or leave them out with --parts"
+            "Longformer and BigBird come from transformers, which is not installed. Next: "
+            f"{extra_line('bench')}, or leave them out with --parts"
         ) from error
 
 

@@ -17,6 +17,7 @@ from longspan.block_sparse import BlockSparse
 from longspan.cli import output
 from longspan.cli.dilated import dilated_heads, dilated_shares
 from longspan.errors import ArgumentError
+from longspan.installing import extra_line
 from longspan.patterns import Dense, Dilated, Pattern, SlidingWindow
 
 __all__ = ["cell_blocks", "picture", "plot"]
@@ -204,6 +205,6 @@ def _matplotlib() -> Any:
     try:
         import matplotlib.figure
     except ImportError as error:
-        fix = "pip install 'longspan[plot]'"
+        fix = extra_line("plot")
         raise ArgumentError("longspan plot", "no matplotlib in this Python", "matplotlib, to draw with", fix) from error
     return matplotlib.figure

@@ -15,6 +15,7 @@ from longspan.doctor.machine import Machine
 from longspan.doctor.settings import Setting
 from longspan.doctor.usability import Unusable
 from longspan.folders import Unused
+from longspan.installing import own_line, pip
 from longspan.policy import is_name, names
 from longspan.spec import BackendInfo
 
@@ -114,18 +115,18 @@ def _rows(ledger: Ledger, found: tuple[Setting, ...]) -> Iterator[Remedy]:
         elif row.state == "duplicate":
             claimed.setdefault(row.name, []).append(row)
         elif row.state == "incompatible":
-            yield Remedy(what, (f"pip install --upgrade {package} longspan", block))
+            yield Remedy(what, (f"{pip()} install --upgrade {package}", block))
         elif row.state == "broken" and row.name in ledger.releasable:
             yield Remedy(what, (f"longspan doctor --release {row.name}",))
         elif row.state == "broken" and row.distribution == OWN:
-            yield Remedy(what, ("pip install --force-reinstall longspan",))
+            yield Remedy(what, (own_line(),))
         elif row.state == "broken":
-            lines = (f"pip install --upgrade {package}", block) if block else (f"pip uninstall {package}",)
+            lines = (f"{pip()} install --upgrade {package}", block) if block else (f"{pip()} uninstall {package}",)
             yield Remedy(what, lines)
     for name, same in claimed.items():
         third = [row.distribution for row in same if row.distribution != OWN]
         what = f"{name} is {same[0].error}"
-        yield Remedy(what, tuple(f"pip uninstall {shlex.quote(one)}" for one in third))
+        yield Remedy(what, tuple(f"{pip()} uninstall {shlex.quote(one)}" for one in third))
 
 
 def _blocked(found: tuple[Setting, ...]) -> list[str]:
