@@ -9,8 +9,9 @@ from longspan.block_leaves import Dilation, GlobalBlocks, GlobalTokens, Hierarch
 from longspan.block_random import Drawn
 from longspan.block_rules import Local
 from longspan.block_sparse import BlockSparse
-from longspan.errors import ArgumentError
+from longspan.errors import ArgumentError, brief
 from longspan.inputs import check_number
+from longspan.patterns import FURTHEST
 
 __all__ = [
     "bigbird",
@@ -23,6 +24,10 @@ __all__ = [
     "random_blocks",
     "strided_blocks",
 ]
+
+
+LISTED = 2**16
+"""Global blocks of one pattern, at most: each is kept by its number, and so many see all but everything."""
 
 
 def local_blocks(left: int, right: int = 0, block_size: int = 128) -> BlockSparse:
@@ -40,7 +45,10 @@ def global_blocks(blocks: int | Sequence[int] = 1, block_size: int = 128) -> Blo
         block_size: tokens a block.
     """
     if isinstance(blocks, int):
-        blocks = tuple(range(check_whole("blocks", blocks, 1)))
+        if check_whole("blocks", blocks, 1) > LISTED:
+            fix = "longspan.Dense(), or a larger block_size"
+            raise ArgumentError("blocks", f"{brief(blocks)} blocks", f"at most {LISTED:,} global blocks", fix)
+        blocks = tuple(range(blocks))
     check_whole("block_size", block_size, 1)
     return BlockSparse(block_size, GlobalBlocks(_numbers("blocks", blocks), block_size))
 
@@ -143,10 +151,12 @@ def longformer(window: int, positions: Sequence[int] = (0,), block_size: int = 1
 
 def _numbers(name: str, values: object) -> tuple[int, ...]:
     if not isinstance(values, Sequence) or isinstance(values, str) or not values:
-        raise ArgumentError(name, repr(values), "a non-empty sequence of integers", f"e.g. {name}=(0, -1)")
+        raise ArgumentError(name, brief(values), "a non-empty sequence of integers", f"e.g. {name}=(0, -1)")
     for one in values:
         if not isinstance(one, int) or isinstance(one, bool):
-            raise ArgumentError(name, repr(tuple(values)), "integers", f"replace {one!r}")
+            raise ArgumentError(name, brief(tuple(values)), "integers", f"replace {brief(one)}")
+        if abs(one) > FURTHEST:
+            raise ArgumentError(name, brief(one), "positions of at most 2**62", "leave it out")
     return tuple(values)
 
 

@@ -10,7 +10,8 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from longspan.errors import ArgumentError
+from longspan.errors import ArgumentError, brief
+from longspan.patterns import FURTHEST
 
 __all__ = ["Grid", "check_whole", "on_cpu"]
 
@@ -31,10 +32,18 @@ def on_cpu(function: Callable[Given, Made]) -> Callable[Given, Made]:
     return inside
 
 
+LARGEST = 2**16
+"""Tokens of a block, at most: the mask of one that is partial has as many, squared."""
+
+
 def check_whole(name: str, value: object, least: int = 0) -> int:
-    """`value` as an integer of at least `least`, or `ArgumentError`."""
+    """`value` as an integer of at least `least`, or `ArgumentError`; one of blocks or tokens, so it has an end too."""
+    most, said = (LARGEST, "65,536") if name == "block_size" else (FURTHEST, "2**62")
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ArgumentError(name, repr(value), f"an integer of at least {least}", f"e.g. {name}={max(least, 1)}")
+        raise ArgumentError(name, brief(value), f"an integer of at least {least}", f"e.g. {name}={max(least, 1)}")
+    if value > most:
+        fix = "e.g. block_size=128" if name == "block_size" else "give no more than the sequence has"
+        raise ArgumentError(name, brief(value), f"an integer of at most {said}", fix)
     return value
 
 

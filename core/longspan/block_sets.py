@@ -48,7 +48,7 @@ class Band:
         size, last = grid.block_size, grid.first_row + grid.rows
         left = (last + 1) * size if self.left is None else min(self.left, (last + 1) * size)
         right = (grid.columns + 1) * size if self.right is None else min(self.right, (grid.columns + 1) * size)
-        low = max(-((right + size - 1) // size), -grid.columns)
+        low = max(-((right + size - 1) // size), grid.first_row - grid.columns)  # below it the grid has none
         high = min((left + size - 1) // size, last)
         states = torch.zeros(max(0, high - low + 1), dtype=torch.int64, device="cpu")
         full_low, full_high = -((right + 1 - size) // size), (left + 1 - size) // size

@@ -183,6 +183,7 @@ class BlockSparse(Pattern):
         kv_len = q_len if kv_len is None else kv_len
         heads = heads or self.heads or 1
         self.check(heads)
+        check_whole("query_offset", query_offset)
         query, key = (
             query_offset + torch.arange(q_len, dtype=torch.int64, device="cpu")[:, None],
             torch.arange(kv_len, dtype=torch.int64, device="cpu")[None, :],

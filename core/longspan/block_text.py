@@ -6,10 +6,12 @@ import re
 
 from longspan.block_csr import find_csr
 from longspan.block_given import Layout
+from longspan.block_grid import check_whole
 from longspan.block_leaves import Dilation, GlobalBlocks, GlobalTokens, Hierarchy, Strides
 from longspan.block_random import Drawn
 from longspan.block_rules import Local, PerHead, Rule
 from longspan.errors import ArgumentError
+from longspan.patterns import FURTHEST
 
 __all__ = ["WANT", "parse_rule"]
 
@@ -105,7 +107,9 @@ class _Reader:
         word, _, rest = body.partition(":")
         if word not in _FORMS or re.fullmatch(_FORMS[word], rest) is None:
             raise _wrong(self.text)
-        unit = int(unit_text or self.block_size)
+        if any(int(number) > FURTHEST for number in re.findall(r"\d+", rest)) and word not in ("csr", "random"):
+            raise _wrong(self.text)
+        unit = check_whole("block_size", int(unit_text or self.block_size))
         if unit == 0 or (unit_text and word in ("local", "causal", "all", "tokens", "csr")):
             raise _wrong(self.text)
         if word in ("causal", "all"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -9,7 +10,11 @@ from attrs import frozen
 
 from longspan.errors import ArgumentError, brief
 
-__all__ = ["READERS", "Dense", "Dilated", "Pattern", "SlidingWindow", "decode", "parse_pattern"]
+__all__ = ["FURTHEST", "READERS", "Dense", "Dilated", "Pattern", "SlidingWindow", "decode", "parse_pattern"]
+
+
+FURTHEST = 2**62
+"""Beyond it there are no positions or lengths: sums of two of them are to fit into int64."""
 
 
 class Pattern:
@@ -57,7 +62,9 @@ def _lengths(value: object, name: str) -> tuple[int, ...]:
         raise ArgumentError(name, repr(value), "a non-empty tuple of positive integers", f"e.g. {name}=(2048, 4096)")
     for one in value:
         if not isinstance(one, int) or isinstance(one, bool) or one <= 0:
-            raise ArgumentError(name, repr(tuple(value)), "positive integers", f"replace {one!r}")
+            raise ArgumentError(name, brief(tuple(value)), "positive integers", f"replace {brief(one)}")
+        if one > FURTHEST:
+            raise ArgumentError(name, brief(one), "positive integers of at most 2**62", "give the sequence's length")
     return tuple(value)
 
 
@@ -135,7 +142,9 @@ class Dilated(Pattern):
 
 def _reach(name: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ArgumentError(name, repr(value), "a number of tokens of at least 0", "e.g. SlidingWindow(256, 0)")
+        raise ArgumentError(name, brief(value), "a number of tokens of at least 0", "e.g. SlidingWindow(256, 0)")
+    if value > FURTHEST:
+        raise ArgumentError(name, brief(value), "a number of tokens of at most 2**62", "give the sequence's length")
     return value
 
 
@@ -199,6 +208,8 @@ def parse_pattern(text: str) -> Pattern:
     if not isinstance(given, str):
         fix = "it is one already" if isinstance(given, Pattern) else "e.g. longspan.parse_pattern('dense')"
         raise ArgumentError("pattern", brief(given), "a text such as 'dilated:2048/1,4096/2'", fix)
+    if re.search(r"\d{1000}", text):
+        raise ArgumentError("pattern", brief(text), "numbers of fewer than 1,000 digits", "e.g. window:256,0")
     kind, _, rest = text.strip().partition(":")
     if kind in READERS:
         return READERS[kind](text.strip())

@@ -12,10 +12,10 @@ import torch
 from attrs import Factory, asdict, evolve, field, fields, frozen
 
 from longspan.claims import DTYPES, check_claims
-from longspan.errors import ArgumentError
+from longspan.errors import ArgumentError, brief
 from longspan.foreign import unknown_argument
 from longspan.inputs import check_boundaries, check_inputs, check_number, check_pattern
-from longspan.patterns import Dense, Pattern
+from longspan.patterns import FURTHEST, Dense, Pattern
 
 __all__ = [
     "DTYPES",
@@ -260,7 +260,9 @@ def _check_problem(problem: Problem) -> None:
         value = getattr(problem, name)
         least = 1 if name == "head_dim" else 0
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ArgumentError(name, repr(value), f"an integer of at least {least}")
+            raise ArgumentError(name, brief(value), f"an integer of at least {least}")
+        if value > FURTHEST:
+            raise ArgumentError(name, brief(value), "an integer of at most 2**62", "no sequence reaches so far")
     check_pattern(problem.pattern)
     if problem.kv_heads and problem.heads % problem.kv_heads:
         raise ArgumentError(

@@ -10,7 +10,7 @@ from attrs import frozen
 from torch import Tensor
 
 from longspan.block_grid import check_whole
-from longspan.errors import ArgumentError
+from longspan.errors import ArgumentError, brief
 from longspan.patterns import READERS, Pattern
 from longspan.spec import Problem
 from longspan.topk_choice import BlockChoice, Part, best
@@ -26,8 +26,9 @@ class TopKBlocks(Pattern):
     """Every block of queries sees its `k` best blocks of keys, with one softmax over all of their keys.
 
     An approximation of dense attention that somebody asked for: what is left out depends on the scorer. It equals dense
-    attention where `k` is the number of blocks. `choose` says which blocks are taken, `mass` what they keep. The choice
-    is made at every call, for each batch entry, head and block of queries; then it runs as any block-sparse pattern.
+    attention where there are no more than `k` blocks, all of which are then kept. `choose` says which blocks are taken,
+    `mass` what they keep. The choice is made at every call, for each batch entry, head and block of queries; then it
+    runs as any block-sparse pattern.
 
     With `is_causal` the `k` blocks are among those up to the row's own, which is always one of them, cut at the
     diagonal; earlier rows have fewer. The default scorer then compares a block's first query, not the mean of its
@@ -38,7 +39,7 @@ class TopKBlocks(Pattern):
     Of equal scores the first is taken. Blocks of equal keys need not score equal to the last bit, as their products are
     summed in different orders; which of them is taken is the same in every run, and otherwise a matter of rounding.
 
-    With packed documents each document has blocks and a choice of its own; one with fewer than `k` blocks keeps all.
+    With packed documents each document has blocks and a choice of its own.
 
     The scorer is called as `scorer(query, key, scoring)` with the tensors as attention gets them (of one document,
     where documents are packed), `(batch, heads, q_len, head_dim)` and `(batch, kv_heads, kv_len, head_dim)`, and a
@@ -58,6 +59,9 @@ class TopKBlocks(Pattern):
     - `"straight_through"`: attention's result is that of `"none"`; the scores get the gradient that such an addition
       would have, taken where it is zero: what each kept block's share of the softmax is worth.
 
+    A scorer learns from blocks that compete: the share of one kept block is 1 whatever its score, so that `k` has to be
+    2 at least for the last two, and 3 under causality, where the row's own block does not compete.
+
     The last two cost one more forward in the backward, over one kept block a row at a time (`"soft"` runs its own
     forward and backward that way too); gradients reach whatever the scorer made its scores from, query and key too.
 
@@ -69,7 +73,7 @@ class TopKBlocks(Pattern):
 
     Raises:
         ArgumentError: `k` or `block_size` below 1, a scorer that cannot be called, an unknown gradient. When it is
-            used: `k` above the number of key blocks, scores that are NaN, infinite or of another shape.
+            used: scores that are NaN, infinite or of another shape, a scorer's gradient that would be zero.
     """
 
     kind: ClassVar[str] = "topk_blocks"
@@ -85,7 +89,9 @@ class TopKBlocks(Pattern):
         check_whole("block_size", block_size, 1)
         _check_scorer(scorer)
         if scorer_gradient not in GRADIENTS:
-            raise ArgumentError("scorer_gradient", repr(scorer_gradient), " or ".join(map(repr, GRADIENTS)))
+            raise ArgumentError("scorer_gradient", brief(scorer_gradient), " or ".join(map(repr, GRADIENTS)))
+        if scorer_gradient != "none" and k == 1:
+            raise _no_gradient(scorer_gradient, "k=1", 2)
         self.__dict__.update(k=k, block_size=block_size, scorer=scorer, scorer_gradient=scorer_gradient)
 
     @property
@@ -176,13 +182,15 @@ def scorings(problem: Problem) -> tuple[tuple[int, BlockScoring], ...]:
     """For each document (or the whole sequence) the index of its first token, and its blocks.
 
     Raises:
-        ArgumentError: more blocks are to be kept than the longest document has; dropout with packed documents.
+        ArgumentError: dropout with packed documents; under causality, a scorer's gradient that would be zero.
     """
     pattern = problem.pattern
     assert isinstance(pattern, TopKBlocks)
     if problem.dropout_p and problem.documents is not None:  # a document runs alone, and would be dropped from like one
         want = "0.0 with cu_seqlens under TopKBlocks"
         raise ArgumentError("dropout_p", problem.dropout_p, want, "call attention for each document, or drop nothing")
+    if pattern.scorer_gradient != "none" and problem.is_causal and pattern.k <= 2:
+        raise _no_gradient(pattern.scorer_gradient, f"k={pattern.k} and is_causal", 3)
     if 0 in (problem.batch, problem.heads, problem.q_len, problem.kv_len):
         return ()
 
@@ -192,12 +200,6 @@ def scorings(problem: Problem) -> tuple[tuple[int, BlockScoring], ...]:
     found = [(0, blocks(problem.q_len, problem.kv_len, problem.query_offset))]
     if problem.documents is not None:
         found = [(a, blocks(b - a, b - a, 0)) for a, b in pairwise(problem.documents) if b > a]
-    most = max((scoring.columns for _, scoring in found), default=pattern.k)
-    if pattern.k > most:
-        keys = max(scoring.kv_len for _, scoring in found)
-        got = f"{pattern.k}, with {most} blocks of {pattern.block_size} in {keys:,} keys"
-        fix = f"k={most}, which keeps all, or a smaller block_size"
-        raise ArgumentError("k", got, "at most the number of key blocks", fix)
     return tuple(found)
 
 
@@ -217,6 +219,11 @@ def chosen_for(problem: Problem, query: Tensor, key: Tensor) -> tuple[Part, ...]
             chosen = best(scores.detach(), scoring, min(pattern.k, scoring.columns))
         found.append(Part(start, scoring, scores, chosen))
     return tuple(found)
+
+
+def _no_gradient(given: str, at: str, least: int) -> ArgumentError:
+    got = f"{given!r} with {at}, where the scorer's gradient is zero: its blocks do not compete"
+    return ArgumentError("scorer_gradient", got, f"k of at least {least}", f"k={least}, or scorer_gradient='none'")
 
 
 def _check_scorer(scorer: object) -> None:

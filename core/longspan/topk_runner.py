@@ -49,7 +49,8 @@ class ChoosingRunner(Runner):
         self.operators: tuple[str, ...] = example.operators
         self.libraries: tuple[str, ...] = example.libraries
         counts = [scoring.columns for _, scoring in scorings(problem)]
-        self.layout = f"{problem.pattern.k} of {max(counts, default=0)} key blocks a row, chosen at every call"
+        most = max(counts, default=0)
+        self.layout = f"{min(problem.pattern.k, most)} of {most} key blocks a row, chosen at every call"
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:
         """`(out, lse)`, recorded by autograd where that is on."""

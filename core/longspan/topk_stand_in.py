@@ -27,16 +27,15 @@ def stand_in(problem: Problem) -> Problem:
     if not found:
         return problem.replace(pattern=Dense(), documents=None)
     scoring = max((one for _, one in found), key=lambda one: one.kv_len)
-    grid, near = scoring.grid, torch.arange(pattern.k, dtype=torch.int64, device="cpu")
+    grid, kept = scoring.grid, min(pattern.k, scoring.columns)
+    near = torch.arange(kept, dtype=torch.int64, device="cpu")
     own = grid.row_numbers().clamp(max=grid.columns - 1)[:, None]
     tiles = Tiles(grid.block_size)
     if problem.is_causal:
         columns = (own - near.flip(0)).flatten()
     else:
-        columns = ((own - pattern.k // 2).clamp(min=0, max=grid.columns - pattern.k) + near).flatten()
-    keys = (
-        torch.arange(grid.rows, dtype=torch.int64, device="cpu").repeat_interleave(pattern.k) * grid.columns + columns
-    )
+        columns = ((own - kept // 2).clamp(min=0, max=grid.columns - kept) + near).flatten()
+    keys = torch.arange(grid.rows, dtype=torch.int64, device="cpu").repeat_interleave(kept) * grid.columns + columns
     states = torch.full_like(keys, FULL)
     if problem.is_causal:
         diagonal = tiles.add(torch.ones(1, grid.block_size, grid.block_size, dtype=torch.bool, device="cpu").tril_())
