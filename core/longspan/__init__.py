@@ -90,6 +90,11 @@ def __getattr__(name: str) -> _Any:
     raise AttributeError(f"module 'longspan' has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    """The public names: what `dir(longspan)` and a prompt's completion show."""
+    return sorted([*__all__, "__version__"])
+
+
 __all__ = [
     "Allocator",
     "ArenaStats",

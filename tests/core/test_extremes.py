@@ -52,8 +52,8 @@ def test_numbers_beyond_any_sequence_are_refused_by_name(name):
     "text",
     [
         "window:N", "window:1,N", "dilated:N/1", "dilated:8/N", "blocks:N:all", "blocks:8:local:N,0",
-        "blocks:8:tokens:N", "blocks:8:global:-N", "blocks:8:strided:N", "blocks:8:dilated:N,1", "blocks:8:hierarchical:N",
-        "blocks:8:strided:2@N", "topk_blocks:N", "topk_blocks:2:N",
+        "blocks:8:tokens:N", "blocks:8:global:-N", "blocks:8:strided:N", "blocks:8:dilated:N,1",
+        "blocks:8:hierarchical:N", "blocks:8:strided:2@N", "topk_blocks:N", "topk_blocks:2:N",
     ],
 )  # fmt: skip
 def test_so_are_those_of_a_text(text, digits):

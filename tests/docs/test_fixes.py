@@ -61,6 +61,7 @@ ELSEWHERE = {
     "pip install --upgrade torch": "downloads torch for a GPU",
     "pip install --force-reinstall torch --index-url {OLD_GPUS}": "downloads torch for a GPU",
     "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/rocm6.4": "downloads torch",
+    "longspan bench --profile": "measures for minutes: tests/core/test_profile.py reads what it writes",
     "python -m xformers.info": "needs xformers",
 }
 """Lines that are not typed here, and why."""

@@ -1,14 +1,16 @@
 """The README's code runs, its commands are the ones that CI runs, and its links and names exist."""
 
+import os
+import pickle
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -44,15 +46,26 @@ PYTHON = [block for block in BLOCKS if block.language == "python"]
 MODULE = re.compile(r"# (?P<name>\w+)\.py\n")  # a block that opens with a file's name is that file
 
 
-def execute(block: Block, namespace: dict[str, object]) -> None:
+FULL, SHORT = "torch.randn(3, 1, 8, 8192, 64)", "torch.randn(3, 1, 8, 777, 64)"
+LENGTHS, SMALL = "segment_lengths=(2048, 4096)", "segment_lengths=(128, 512)"
+
+
+def short(text: str) -> str:
+    """The same code on a shorter sequence: the README's length keeps the oracle waiting for minutes."""
+    for full, less in ((FULL, SHORT), (LENGTHS, SMALL), ("8192", "777"), ("3000", "300")):
+        text = text.replace(full, less)
+    return text
+
+
+def execute(block: Block, namespace: dict[str, object], change: Callable[[str], str] = str) -> None:
     # Blank lines first, so that a traceback points at the README's own line.
-    exec(compile("\n" * (block.line - 1) + block.text, str(ROOT / "README.md"), "exec"), namespace)
+    exec(compile("\n" * (block.line - 1) + change(block.text), str(ROOT / "README.md"), "exec"), namespace)
 
 
-def oracle(namespace: dict[str, object]) -> torch.Tensor:
-    """The float64 answer for what the README computes: query, key, value, pattern, causal."""
+def oracle(namespace: dict[str, object], is_causal: bool = True) -> torch.Tensor:
+    """The float64 answer for what the README computes: query, key, value, pattern."""
     query, key, value = (namespace[name] for name in ("query", "key", "value"))
-    result = dense_oracle(query, key, value, namespace["pattern"], is_causal=True)
+    result = dense_oracle(query, key, value, namespace["pattern"], is_causal=is_causal)
     return result[0] if isinstance(result, tuple) else result
 
 
@@ -61,27 +74,11 @@ class Session:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.namespace: dict[str, object] = {}
-        self.kernel_calls = 0
-        ops = types.ModuleType("acme.ops")
-        ops.forward = self.forward  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "acme", types.ModuleType("acme"))
-        monkeypatch.setitem(sys.modules, "acme.ops", ops)
         for block in PYTHON:
             if match := MODULE.match(block.text):
                 module = types.ModuleType(match["name"])
                 execute(block, module.__dict__)
                 monkeypatch.setitem(sys.modules, match["name"], module)
-
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The kernel that the README imagines: plain dense attention."""
-        self.kernel_calls += 1
-        scores = (q @ k.transpose(-1, -2)) * scale
-        if causal:
-            scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
-        lse = torch.logsumexp(scores, -1)
-        return (scores - lse[..., None]).exp() @ v, lse
 
     def run(self, block: Block) -> None:
         execute(block, self.namespace)
@@ -96,39 +93,67 @@ def session(monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
         ls.unregister("acme")
 
 
-def test_every_python_block_runs_and_agrees_with_the_oracle(
-    session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    # The README's length keeps the oracle waiting for minutes; the same code on a shorter sequence is the same code.
-    full, short = "torch.randn(3, 1, 8, 8192, 64)", "torch.randn(3, 1, 8, 777, 64)"
-    pattern, small = "segment_lengths=(2048, 4096)", "segment_lengths=(128, 512)"
-    assert README.count(full) == README.count(pattern) == 1
-    ran = 0
-    want: torch.Tensor | None = None
+def test_every_python_block_runs_in_order_as_it_is_pasted(tmp_path: Path) -> None:
+    """In an interpreter of its own, in a folder with nothing but the files that the README says to save."""
+    assert README.count(FULL) == README.count(LENGTHS) == 1
+    script = []
     for block in PYTHON:
-        if MODULE.match(block.text) or "TopKBlocks" in block.text:
-            continue
+        if match := MODULE.match(block.text):
+            (tmp_path / f"{match['name']}.py").write_text(block.text, encoding="utf-8")
+        else:
+            script += [f"# README.md, line {block.line}", short(block.text)]
+    ending = (
+        "import pickle\n"
+        "kept.sum().backward(), run\n"
+        "results = [x.detach() for x in (query, key, value, out, half, kept, query.grad)]\n"
+        "pickle.dump(results, open('found', 'wb'))\n"
+    )
+    (tmp_path / "pasted.py").write_text("\n".join([*script, ending]), encoding="utf-8")
+    given = {key: value for key, value in os.environ.items() if not key.startswith("LONGSPAN_") or "CACHE" in key}
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "pasted.py"],
+        cwd=tmp_path,
+        env=given,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr, "nothing greets the user but the answer"
+    assert "chosen" in done.stdout  # the table that the first block prints
+    query, key, value, out, half, kept, grad = pickle.loads((tmp_path / "found").read_bytes())
+    pattern = ls.Dilated((128, 512), (1, 2))
+    want, plain = (dense_oracle(query, key, value, pattern, is_causal=causal) for causal in (True, False))
+    torch.testing.assert_close(out.double(), plain, rtol=1.3e-6, atol=1e-5)  # the last is the third party's
+    torch.testing.assert_close(half.double(), want, rtol=3e-2, atol=3e-2)
+    torch.testing.assert_close(kept.double(), plain.tanh(), rtol=1e-5, atol=1e-5)
+    assert half.dtype == torch.bfloat16 and grad.isfinite().all() and grad.any()
+
+
+def test_what_the_three_ways_of_choosing_compute_is_right(session: Session) -> None:
+    named = [block for block in PYTHON if "out =" in block.text and "sdpa" in block.text]
+    assert len(named) == 2  # the argument, the context
+    execute(PYTHON[0], session.namespace, short)
+    want = oracle(session.namespace)
+    for block in (PYTHON[0], *named):
         session.namespace.pop("out", None)
-        session.run(block._replace(text=block.text.replace(full, short).replace(pattern, small)))
-        if want is None:
+        execute(block, session.namespace, short)
+        if block is PYTHON[0]:
             want = oracle(session.namespace)
         out = session.namespace["out"]
         assert isinstance(out, torch.Tensor)
         torch.testing.assert_close(out.double(), want, rtol=1.3e-6, atol=1e-5)
-        ran += 1
-    assert ran == 4  # the five lines, the argument, the context, the registered backend
-    assert session.kernel_calls > 0
-    assert "sdpa" in capsys.readouterr().out  # the table that the first block prints
 
 
-def test_the_five_lines_run_as_they_are_printed(session: Session) -> None:
+def test_the_first_lines_run_as_they_are_printed(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
     first = PYTHON[0]
-    assert len(first.text.splitlines()) == 5
+    assert len(first.text.splitlines()) == 6
     session.run(first)
     out = session.namespace["out"]
     assert isinstance(out, torch.Tensor)
     assert out.shape == (1, 8, 8192, 64)
     assert out.isfinite().all()
+    assert "sdpa" in capsys.readouterr().out  # the table
 
 
 def test_the_other_patterns_run_as_they_are_printed(session: Session) -> None:
@@ -144,6 +169,24 @@ def test_the_other_patterns_run_as_they_are_printed(session: Session) -> None:
     assert query.grad is not None and query.grad.isfinite().all() and query.grad.any()
 
 
+def test_the_compiled_function_computes_the_same(session: Session) -> None:
+    execute(PYTHON[0], session.namespace, short)
+    line = next(line for block in PYTHON for line in block.text.splitlines() if "torch.compile" in line)
+    compiled = line.replace("torch.compile(", "torch.compile(fullgraph=True, backend='eager', model=")
+    exec(compiled, session.namespace)
+    run: Any = session.namespace["run"]
+    found = run(*(session.namespace[name] for name in ("query", "key", "value")))
+    torch.testing.assert_close(found, session.namespace["out"])
+
+
+def test_the_readmes_own_backend_is_conformant(session: Session) -> None:
+    from longspan.testing import verify
+
+    ls.register(sys.modules["acme_longspan"], name="acme")
+    found = verify("acme", "cpu", quick=True)
+    assert found.conformant, found.messages()
+
+
 def test_the_third_party_backend_gives_exact_gradients_for_a_pattern_it_never_heard_of(session: Session) -> None:
     register = next(block for block in PYTHON if "ls.register" in block.text)
     pattern = ls.Dilated(segment_lengths=(16, 64), dilation_rates=(1, 3))
@@ -157,9 +200,32 @@ def test_the_third_party_backend_gives_exact_gradients_for_a_pattern_it_never_he
 
     doubles = [x.detach().double().requires_grad_() for x in inputs]
     session.namespace.update(zip(("query", "key", "value"), doubles, strict=True))
-    wanted = torch.autograd.grad(oracle(session.namespace), doubles, dout.double())
+    wanted = torch.autograd.grad(oracle(session.namespace, is_causal=False), doubles, dout.double())
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1.3e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md"])
+def test_the_guide_the_template_the_hooks_and_the_matrix_are_linked(path: str) -> None:
+    text = (ROOT / path).read_text(encoding="utf-8")
+    for target in ("write_a_backend.md", "examples/third_party_backend/README.md", "hooks.md", "support_matrix.md"):
+        assert f"](docs/{target})" in text, f"{path} does not link docs/{target}"
+
+
+def test_dir_shows_the_public_names_alone() -> None:
+    assert set(dir(ls)) == {*ls.__all__, "__version__"}
+    assert all(hasattr(ls, name) for name in dir(ls))
+
+
+def test_pytorchs_word_of_a_missing_numpy_greets_nobody() -> None:
+    """The README imports longspan first, which keeps torch from saying it; so does the command line."""
+    first = next(line for line in PYTHON[0].text.splitlines() if "import" in line)
+    code = f"import sys; sys.modules['numpy'] = None\n{first}\nls.attention(*torch.zeros(3, 1, 1, 8, 8))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    command = "import sys; sys.modules['numpy'] = None; from longspan.cli.app import main; main(['backends'])"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_backend_is_chosen_by_argument_context_and_environment_in_that_order(
