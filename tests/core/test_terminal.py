@@ -291,6 +291,7 @@ def test_an_interruption_before_there_is_anything(terminal):
 def test_every_bench_shows_its_steps(terminal):
     answer = terminal(["verify", "reference", "--quick", "--device", "cpu"], 80, setup=FEW_CASES)
     assert answer["code"] == 0 and max(map(len, lines(answer["out"], WIDE))) <= 80
+    assert re.search(r"\d/\d", answer["out"])
     drawn = terminal(COMMANDS["bench cache"][0], 80, setup=COMMANDS["bench cache"][1])["out"]
     assert "0/2" in drawn and "a step" in drawn
     assert "[1/2] a step\n" in terminal(COMMANDS["bench cache"][0], 0, setup=COMMANDS["bench cache"][1])["err"]

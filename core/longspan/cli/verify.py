@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from typing import Annotated
 
 import torch
@@ -14,11 +15,9 @@ from longspan import __version__
 from longspan.cli import output
 from longspan.cli.stage import stage
 from longspan.testing import certificate
-from longspan.testing.certificate import Certificate, OnCase, Worst
+from longspan.testing.certificate import Certificate, Worst
 
 __all__ = ["verify"]
-
-SELDOM = 50
 
 
 def verify(
@@ -33,8 +32,9 @@ def verify(
 
     Exit code 1 where a claim does not hold, or where nothing could be run on this machine.
     """
+    drawn = output.is_terminal(sys.stderr)  # thousands of lines are no help in a log
     with stage() as shown:
-        found = certificate.verify(name, device, quick=quick, on_case=_seldom(shown.step))
+        found = certificate.verify(name, device, quick=quick, on_case=shown.step if drawn else None)
     if as_json:
         print(json.dumps(found.to_dict(), indent=2, allow_nan=False))
     else:
@@ -43,16 +43,6 @@ def verify(
         output.fail(line)
     if not found.conformant:
         raise typer.Exit(1)
-
-
-def _seldom(step: OnCase) -> OnCase:
-    """A case takes milliseconds: every fiftieth is announced, on a terminal and in a log alike."""
-
-    def on_case(what: str, done: int, total: int) -> None:
-        if done % SELDOM == 0:
-            step(what, done, total)
-
-    return on_case
 
 
 def _show(found: Certificate) -> None:
