@@ -38,6 +38,7 @@ class BlockRunner(Runner):
         self._on: dict[torch.device, tuple[tuple[Job, ...], dict[tuple[int, int], Tensor]]] = {}
         self.operators = tuple(dict.fromkeys(name for kernel in kernels for name in kernel.operators))
         self.libraries = tuple(dict.fromkeys(kernel.library for kernel in kernels if kernel.library))
+        self.own_backward = all(kernel.backward is not None for kernel in kernels)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:
         """`(out, lse)`."""

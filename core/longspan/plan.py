@@ -218,6 +218,11 @@ class Plan:
         """Which libraries, with their versions, serve the kernels, as far as the backend says."""
         return self._runner.libraries
 
+    @property
+    def own_backward(self) -> bool:
+        """Whether the backend's kernels bring a backward of their own; else the core's blockwise backward serves."""
+        return self._runner.own_backward
+
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             if not isinstance(tensor, Tensor):

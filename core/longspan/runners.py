@@ -112,6 +112,7 @@ class LoweredRunner(Runner):
         self._memory = None if lender is None else Workspace((), lender)
         self.operators = tuple(dict.fromkeys(name for kernel in kernels for name in kernel.operators))
         self.libraries = tuple(dict.fromkeys(kernel.library for kernel in kernels if kernel.library))
+        self.own_backward = all(kernel.backward is not None for kernel in kernels)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:
         """`(out, lse)`."""
@@ -142,6 +143,7 @@ class DirectRunner(Runner):
         self.quick: Forward | None = None
         self._kernel_forward, self._kernel_backward = kernel.forward, kernel.backward
         self.operators, self.libraries = kernel.operators, (kernel.library,) if kernel.library else ()
+        self.own_backward = kernel.backward is not None
         self._lowered: LoweredRunner | BlockRunner | None = None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:

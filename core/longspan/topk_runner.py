@@ -48,6 +48,7 @@ class ChoosingRunner(Runner):
         example = make(stand_in(problem))
         self.operators: tuple[str, ...] = example.operators
         self.libraries: tuple[str, ...] = example.libraries
+        self.own_backward: bool = example.own_backward
         counts = [scoring.columns for _, scoring in scorings(problem)]
         most = max(counts, default=0)
         self.layout = f"{min(problem.pattern.k, most)} of {most} key blocks a row, chosen at every call"

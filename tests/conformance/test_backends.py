@@ -17,6 +17,7 @@ def pytest_generate_tests(metafunc):
     only = metafunc.config.getoption("--longspan-backend")
     names = [only] if only else [row.name for row in ls.backends() if row.state == "loaded"]
     pairs = [(name, case) for name in names for case in cases_for(name)]
+    pairs.sort(key=lambda pair: pair[1].id)  # what is right is then worked out once for all backends
     metafunc.parametrize(("backend", "case"), pairs, ids=[f"{name}-{case}" for name, case in pairs])
 
 

@@ -18,6 +18,8 @@ LENGTH = 33
 HEAD_DIM = 16
 LARGEST = 256
 """The largest head_dim that is tried where `head_dim_max` allows more."""
+WIDTHS = (20, 76, 100)
+"""Head dimensions that are no multiple of 8, beside a tile's usual widths."""
 
 PATTERNS: Mapping[str, Pattern] = {
     "dense": Dense(),
@@ -38,9 +40,15 @@ MORE_PATTERNS: Mapping[str, Pattern] = {
     "block_sparse-empty-rows": random_blocks(0.2, block_size=4, seed=2) & ~local_blocks(9, 9, block_size=4),
 }
 
+TELLING = ("dilated-grouped", "dilated-block", "dilated-twice", "block_sparse-empty-rows")
+"""Those that a kernel which takes such patterns whole is easily wrong about."""
+
+_TILES_FIX = "rescale the sum and the output wherever the running maximum changes, and mask the last tile's tail"
 _JOINT_FIX = "compute the weights from the lse that is given, exp(score - lse), not from the keys at hand"
 
 FORWARD, BOTH = ("forward",), ("forward", "gradient")
+_FEW_HEADS = {"batch": 1, "heads": 2, "kv_heads": 2}
+_ONE_HEAD = {"batch": 1, "heads": 1, "kv_heads": 1}
 
 
 @frozen(kw_only=True)
@@ -49,12 +57,15 @@ class Case:
 
     Args:
         id: names the case, such as `cpu-float32-causal-gradient`.
-        check: forward, gradient, lse-gradient, joint, leak, contain, repeat (claims that must hold) or refuse.
+        check: forward, gradient, lse-gradient, joint, leak, contain, repeat, again, threads, backward (claims that must
+            hold) or refuse.
         claim: what is put to the test.
         problem: what is computed; its device is a kind (`cuda`), until it is known which one there is.
         device: the torch device it runs on; that of a refusal need not exist.
-        layout: of the tensors in memory: contiguous, transposed, sliced, strided or expanded.
-        logits: normal, spiked (scores of 1e4) or sunken (scores below -1e4).
+        layout: of the tensors in memory: contiguous, transposed, sliced, strided, expanded, or pooled (the gradient of
+            the output alone is expanded, along the queries).
+        logits: normal, spiked (scores of 1e4), sunken (scores below -1e4), uneven (rows of scores near 300, 0 and
+            -300).
         argument: for a refusal, the `Reason.field` that must be named.
     """
 
@@ -150,43 +161,46 @@ def _lowered(draft: _Draft, can: Capabilities) -> bool:
 
 def _drafts(base: Problem, can: Capabilities, dims: Sequence[int]) -> Iterator[_Draft]:
     yield from _numbers(base, dims)
-    yield from _arguments()
+    yield from _arguments(can)
     yield from _patterns(can)
     yield from _contract(base, can)
+    yield from _calls(can)
+    yield from _lengths()
 
 
 def _numbers(base: Problem, dims: Sequence[int]) -> Iterator[_Draft]:
     yield _Draft("plain", "dtypes", quick=True)
-    yield _Draft("one-token", "dtypes", {"q_len": 1})
-    yield _Draft("tile-edges", "dtypes", {"batch": 1, "heads": 2, "kv_heads": 2, "q_len": 257})
     for dim in dims:
         if dim != base.head_dim:
-            quick = dim == max(dims)
+            quick = dim in (*WIDTHS, max(dims))
             yield _Draft(f"head_dim={dim}", "head_dim", {"head_dim": dim, "q_len": 20}, quick=quick)
 
 
-def _arguments() -> Iterator[_Draft]:
+def _arguments(can: Capabilities) -> Iterator[_Draft]:
     causal = {"is_causal": True}
     yield _Draft("causal", "causal", causal, quick=True)
     yield _Draft("causal-one-token", "causal", {**causal, "q_len": 1})
-    yield _Draft("causal-tile-edges", "causal", {**causal, "batch": 1, "heads": 2, "kv_heads": 2, "q_len": 257})
+    yield _Draft("causal-tiles", "causal", {**causal, **_FEW_HEADS, "q_len": 130}, quick=True)
+    yield _Draft("causal-tile-edges", "causal", {**causal, **_FEW_HEADS, "q_len": 257})
     yield _Draft("gqa", "gqa", {"kv_heads": 2}, quick=True)
     yield _Draft("mqa", "gqa", {"kv_heads": 1})
-    yield _Draft("gqa-causal", "gqa", {"heads": 6, "kv_heads": 2, **causal})
+    yield _Draft("gqa-causal", "gqa", {"heads": 6, "kv_heads": 2, **causal}, quick=True)
     yield _Draft("more-keys", "patterns", {"q_len": 7, "kv_len": 20}, quick=True)
     yield _Draft("more-queries", "patterns", {"q_len": 20, "kv_len": 7})
     packed = {"documents": (0, 6, 7, 7, 28)}  # an empty one, one of one token, and a tail that belongs to none
     yield _Draft("documents", "documents", packed, quick=True)
     yield _Draft("documents-causal", "documents", {**packed, **causal}, quick=True)
     for kind in ("window", "dilated", "block_sparse"):
-        yield _Draft(f"documents-{kind}", "documents", {**packed, "pattern": PATTERNS[kind]}, FORWARD, where=True)
-    for q_len, kv_len, offset in ((1, 20, 19), (6, 20, 14), (6, 20, 3), (20, 6, 0)):
+        changes, quick = {**packed, "pattern": PATTERNS[kind]}, can.documents and can.runs(kind)
+        yield _Draft(f"documents-{kind}", "documents", changes, FORWARD, quick=quick, where=True)
+    # At 19 and 14 the last query meets the last key, as it does where a kernel ignores the offset and aligns the ends.
+    for q_len, kv_len, offset in ((1, 20, 19), (6, 20, 14), (6, 20, 3), (20, 6, 0), (9, 9, 4)):
         shape = {"q_len": q_len, "kv_len": kv_len, "query_offset": offset}
-        quick = offset == 14
+        quick = offset in (14, 3) or can.query_offset
         yield _Draft(f"offset={offset}-causal", "query_offset", {**shape, **causal}, quick=quick, where=True)
         for kind in ("window", "dilated", "block_sparse"):
-            changes = {**shape, "pattern": PATTERNS[kind]}
-            yield _Draft(f"offset={offset}-{kind}", "query_offset", changes, FORWARD, where=True)
+            changes, quick = {**shape, "pattern": PATTERNS[kind]}, offset == 3 and can.query_offset and can.runs(kind)
+            yield _Draft(f"offset={offset}-{kind}", "query_offset", changes, FORWARD, quick=quick, where=True)
     dropout = {"dropout_p": 0.25}
     yield _Draft("dropout", "dropout", dropout, quick=True)
     yield _Draft("dropout-causal", "dropout", {**dropout, **causal})
@@ -201,9 +215,10 @@ def _patterns(can: Capabilities) -> Iterator[_Draft]:
     for name, pattern in (*PATTERNS.items(), *MORE_PATTERNS.items()):
         if name == "dense":
             continue
-        quick = name in PATTERNS
-        yield _Draft(name, "patterns", {"pattern": pattern}, quick=quick, where=True)
-        yield _Draft(f"{name}-causal", "patterns", {"pattern": pattern, "is_causal": True}, quick=quick, where=True)
+        quick = name in PATTERNS or (name in TELLING and can.runs(pattern.kind))
+        changes = {"pattern": pattern, **({"heads": 5, "kv_heads": 5} if name == "dilated-grouped" else {})}
+        yield _Draft(name, "patterns", changes, quick=quick, where=True)
+        yield _Draft(f"{name}-causal", "patterns", {**changes, "is_causal": True}, quick=quick, where=True)
     if "dense" in can.patterns:
         many = contract("a kernel may be called with any batch and heads: strips come as entries", "take any batch")
         strips = {"batch": 3, "heads": 5, "kv_heads": 5, "pattern": Dilated((4, 16), (2, 1))}
@@ -214,11 +229,12 @@ def _patterns(can: Capabilities) -> Iterator[_Draft]:
 
 def _contract(base: Problem, can: Capabilities) -> Iterator[_Draft]:
     scaled = contract("the scores are multiplied by problem.scale", "pass problem.scale on to the kernel")
-    for scale, quick in ((0.3, True), (-0.3, False), (0.0, False)):
-        yield _Draft(f"scale={scale}", scaled, {"scale": scale}, quick=quick)
+    for scale in (0.3, -0.3, 0.0):
+        yield _Draft(f"scale={scale}", scaled, {"scale": scale}, quick=True)
     strides = contract("any strides, but for a last dimension without gaps", "read the strides, or copy the tensor")
-    for layout in ("transposed", "sliced", "strided", "expanded"):
-        yield _Draft(layout, strides, {"kv_heads": 2}, layout=layout, quick=layout == "transposed")
+    for layout in ("transposed", "sliced", "strided", "expanded", "pooled"):
+        kv_heads = {"kv_heads": 2} if can.gqa or "dense" in can.patterns else {}
+        yield _Draft(layout, strides, kv_heads, layout=layout, quick=layout != "strided")
         yield _Draft(f"{layout}-causal", strides, {"is_causal": True}, layout=layout)
     both = contract("out and lse are those of one softmax")
     yield _Draft("plain", both, {}, ("lse-gradient",))
@@ -231,6 +247,10 @@ def _contract(base: Problem, can: Capabilities) -> Iterator[_Draft]:
     yield _Draft("large-scores", large, apart, logits="spiked", quick=True)
     yield _Draft("large-scores-causal", large, {**apart, "is_causal": True}, logits="spiked")
     causal = {"is_causal": True}
+    uneven = contract("each row has a largest score of its own", "keep a running maximum for each row, from -inf on")
+    yield _Draft("uneven-rows", uneven, {}, FORWARD, logits="uneven", quick=True)
+    crossing = {**_FEW_HEADS, **causal, "q_len": 130}
+    yield _Draft("uneven-rows-causal", uneven, crossing, FORWARD, logits="uneven")
     yield _Draft("causal", "causal", causal, ("leak",), quick=True)
     yield _Draft("causal-low-scores", "causal", causal, ("leak",), logits="sunken")
     yield _Draft("causal-gqa", "causal", {**causal, "kv_heads": 2}, ("leak",))
@@ -255,6 +275,29 @@ def _contained(base: Problem, can: Capabilities) -> Iterator[_Draft]:
     yield _Draft("causal-transposed", claim, {**causal, "kv_heads": 2}, ("contain",), layout="transposed")
     for kind in ("window", "dilated", "block_sparse"):
         yield _Draft(f"{kind}-causal", claim, {**causal, "pattern": PATTERNS[kind]}, ("contain",), where=True)
+
+
+def _calls(can: Capabilities) -> Iterator[_Draft]:
+    """What one call is to another, and to the process around it."""
+    own = contract("a call's results are its own", "allocate the results of every call, and keep nothing of it")
+    yield _Draft("two-calls", own, {}, ("again",), quick=True)
+    threads = contract("one plan may run in several threads", "keep what a call works with in that call")
+    yield _Draft("four-threads", threads, {"q_len": 129}, ("threads",), quick=True)
+    if can.backward:
+        yield _Draft("plain", "backward", {}, ("backward",), quick=True)
+
+
+def _lengths() -> Iterator[_Draft]:
+    """Lengths that are no multiple of any tile, and several tiles long."""
+    short = contract("any length: a tile may be a partial one", "mask what lies beyond the end of the sequence")
+    yield _Draft("one-token", short, {"q_len": 1}, quick=True)
+    yield _Draft("one-key", short, {"q_len": 7, "kv_len": 1}, quick=True)
+    tiles = contract("any length: rows may take several tiles", _TILES_FIX)
+    yield _Draft("tile-edges", tiles, {**_FEW_HEADS, "q_len": 257}, quick=True)
+    yield _Draft("thousands", tiles, {**_ONE_HEAD, "q_len": 1030}, ("gradient",))
+    yield _Draft("thousands-causal", tiles, {**_ONE_HEAD, "q_len": 1030, "is_causal": True}, ("gradient",))
+    wide = {**_ONE_HEAD, "q_len": 2050, "pattern": SlidingWindow(200, 20)}
+    yield _Draft("thousands-window", tiles, wide, FORWARD, where=True)
 
 
 # ----------------------------------------------------------------------------------------------- what must be refused
@@ -298,7 +341,7 @@ def _head_dims(can: Capabilities) -> tuple[int, ...]:
     step = can.head_dim_multiple
     first = -(-can.head_dim_min // step) * step
     last = max(first, min(can.head_dim_max or LARGEST, LARGEST) // step * step)
-    near = [dim // step * step for dim in (HEAD_DIM, 64, 80, 128)]
+    near = [dim // step * step for dim in (HEAD_DIM, *WIDTHS, 64, 80, 128)]
     return tuple(sorted({dim for dim in (first, 3 * step, 5 * step, *near, last) if first <= dim <= last}))
 
 

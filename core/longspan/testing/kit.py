@@ -11,10 +11,12 @@ from longspan.discovery import registry
 from longspan.errors import UnknownBackend
 from longspan.spec import BackendInfo, Problem
 from longspan.testing.cases import Case, cases_of
-from longspan.testing.checks import CHECKS, Bench
+from longspan.testing.checks import CHECKS
 from longspan.testing.claims import Claim
+from longspan.testing.guard import unchanged
 from longspan.testing.outcome import Breach, Declined, Outcome
 from longspan.testing.places import here
+from longspan.testing.workbench import Bench
 
 __all__ = ["LOADED", "backend_info", "cases_for", "one_thread", "run_case"]
 
@@ -67,7 +69,8 @@ def run_case(name: str, case: Case) -> Outcome:
             if case.check == "loaded" or info.capabilities is None:
                 _check_loaded(info)
                 return Outcome(case, "passed", case.claim)
-            measures = CHECKS[case.check](Bench(info, info.capabilities, case))
+            with unchanged(torch.device(case.device)):
+                measures = CHECKS[case.check](Bench(info, info.capabilities, case))
         except Declined as reason:
             return Outcome(case, "declined", case.claim, str(reason))
         except Breach as breach:

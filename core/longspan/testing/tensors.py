@@ -29,11 +29,11 @@ class Inputs:
         return self.query, self.key, self.value
 
 
-def make(case: Case) -> Inputs:
-    """The inputs of a case, the same on every machine and in every run."""
+def make(case: Case, number: int = 0) -> Inputs:
+    """The inputs of a case, the same on every machine and in every run; with a number, others of the same shapes."""
     p = case.problem
     queries, keys = (p.batch, p.heads, p.q_len, p.head_dim), (p.batch, p.kv_heads, p.kv_len, p.head_dim)
-    seed = crc32(f"{p.replace(device='cpu', dtype='float64')}".encode())
+    seed = crc32(f"{p.replace(device='cpu', dtype='float64')}".encode()) + number
     generator = torch.Generator().manual_seed(seed)
     drawn = [
         torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu")
@@ -43,8 +43,13 @@ def make(case: Case) -> Inputs:
         drawn[:2] = _spiked(case, drawn[0], drawn[1])
     elif case.logits == "sunken":  # scores near -1e4 and below, where a mask of -1e4 hides nothing
         drawn[:2] = 100 * drawn[0].abs() + 10, -100 * drawn[1].abs() - 10
+    elif case.logits == "uneven":
+        drawn[:2] = _uneven(case, drawn[0], drawn[1])
     dtype = getattr(torch, p.dtype)
-    return Inputs(*(_laid_out(x.to(dtype).to(case.device), case.layout) for x in drawn))
+    query, key, value, dout = (_laid_out(x.to(dtype).to(case.device), case.layout) for x in drawn)
+    if case.layout == "pooled" and p.q_len:  # the gradient of a mean over the tokens
+        dout = dout[:, :, :1].expand(queries)
+    return Inputs(query, key, value, dout)
 
 
 def _spiked(case: Case, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,6 +59,14 @@ def _spiked(case: Case, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     for x in (query, key):
         index = torch.arange(min(x.shape[2], x.shape[3]), dtype=torch.int64, device="cpu")
         x[:, :, index, index] = height
+    return query, key
+
+
+def _uneven(case: Case, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Every third row's scores near 300, the next one's near 0, the next one's near -300."""
+    height = math.sqrt(300 / abs(case.problem.scale))
+    query[..., 0] = height * (1.0 - torch.arange(query.shape[2]) % 3)
+    key[..., 0] = height
     return query, key
 
 
