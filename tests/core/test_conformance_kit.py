@@ -459,10 +459,10 @@ def test_what_is_claimed_is_never_refused_and_the_other_way_round():
 
 
 @pytest.mark.parametrize("changes, wanted", [
-    ({"head_dim_max": 128, "head_dim_multiple": 8}, {8, 16, 24, 40, 64, 80, 128}),
+    ({"head_dim_max": 128, "head_dim_multiple": 8}, {8, 16, 24, 40, 64, 72, 80, 96, 128}),
     ({"head_dim_min": 32, "head_dim_max": 64, "head_dim_multiple": 32}, {32, 64}),
-    ({"head_dim_min": 1, "head_dim_max": 100, "head_dim_multiple": 8}, {8, 16, 24, 40, 64, 80, 96}),
-    ({}, {1, 3, 5, 16, 64, 80, 128, 256}),
+    ({"head_dim_min": 1, "head_dim_max": 100, "head_dim_multiple": 8}, {8, 16, 24, 40, 64, 72, 80, 96}),
+    ({}, {1, 3, 5, 16, 20, 64, 76, 80, 100, 128, 256}),
 ])  # fmt: skip
 def test_head_dims_are_within_the_limits_and_at_both_ends(changes, wanted):
     can = ls.Capabilities(devices=("cpu",), dtypes=("float32",), patterns=("dense",), **changes)

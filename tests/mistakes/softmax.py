@@ -351,6 +351,24 @@ class RowsBelow256(_Rows):
         return slice(256, None)
 
 
+@mistake("rows from 4,096 on are not written", "any length: 65,536 keys")
+class RowsBelow4096(_Rows):
+    def rows(self, length):
+        return slice(4096, None)
+
+
+@mistake("keys are counted in 16 bits", "any length: 65,536 keys")
+class KeysInSixteenBits(Sound):
+    def tiles(self, problem, length):
+        return [keys for keys in super().tiles(problem, length) if keys.start < 2**15]
+
+
+@mistake("keys from 1,024 on are not read", "any length: 65,536 keys")
+class KeysBelow1024(Sound):
+    def tiles(self, problem, length):
+        return [keys for keys in super().tiles(problem, length) if keys.start < 1024]
+
+
 # -------------------------------------------------------------------------------------------------------------- dropout
 
 

@@ -20,6 +20,8 @@ LARGEST = 256
 """The largest head_dim that is tried where `head_dim_max` allows more."""
 WIDTHS = (20, 76, 100)
 """Head dimensions that are no multiple of 8, beside a tile's usual widths."""
+LONG = 65_536
+"""Keys of the long rows, and queries of the long columns."""
 
 PATTERNS: Mapping[str, Pattern] = {
     "dense": Dense(),
@@ -44,6 +46,7 @@ TELLING = ("dilated-grouped", "dilated-block", "dilated-twice", "block_sparse-em
 """Those that a kernel which takes such patterns whole is easily wrong about."""
 
 _TILES_FIX = "rescale the sum and the output wherever the running maximum changes, and mask the last tile's tail"
+_LONG_FIX = "count positions in 32 bits or more, and sum in blocks: of each tile apart, then of the tiles"
 _JOINT_FIX = "compute the weights from the lse that is given, exp(score - lse), not from the keys at hand"
 
 FORWARD, BOTH = ("forward",), ("forward", "gradient")
@@ -298,6 +301,9 @@ def _lengths() -> Iterator[_Draft]:
     yield _Draft("thousands-causal", tiles, {**_ONE_HEAD, "q_len": 1030, "is_causal": True}, ("gradient",))
     wide = {**_ONE_HEAD, "q_len": 2050, "pattern": SlidingWindow(200, 20)}
     yield _Draft("thousands-window", tiles, wide, FORWARD, where=True)
+    most = contract(f"any length: {LONG:,} keys or queries", _LONG_FIX)
+    yield _Draft("long-row", most, {**_ONE_HEAD, "q_len": 8, "kv_len": LONG}, FORWARD, quick=True)
+    yield _Draft("long-column", most, {**_ONE_HEAD, "q_len": LONG, "kv_len": 8}, FORWARD, quick=True)
 
 
 # ----------------------------------------------------------------------------------------------- what must be refused
