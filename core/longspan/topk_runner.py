@@ -72,7 +72,11 @@ class ChoosingRunner(Runner):
             wide = wide_dtype(query.dtype)
             lses.append(torch.full((*query.shape[:2], rest), -torch.inf, dtype=wide, device=query.device))
         if not outs:
-            return query.new_zeros(query.shape), query.new_zeros(query.shape[:3], dtype=wide_dtype(query.dtype))
+            outs.append(query.new_zeros(query.shape))
+            lses.append(query.new_zeros(query.shape[:3], dtype=wide_dtype(query.dtype)))
+        if not parts:  # nothing was computed: sums of no numbers give autograd the gradients, which are 0
+            nothing = sum(x[:, :, :0].sum() for x in (query, key, value))
+            outs, lses = [out + nothing for out in outs], [lse + nothing for lse in lses]
         return torch.cat(outs, 2), torch.cat(lses, 2)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:

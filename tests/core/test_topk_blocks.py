@@ -201,6 +201,18 @@ def test_transposed_views_and_empty_tensors():
     assert not out.any() and bool((lse == -torch.inf).all())
 
 
+@pytest.mark.parametrize(("length", "bounds"), [(5, (0,)), (5, (0, 0)), (0, None)])
+def test_where_nothing_can_be_chosen_gradients_are_zero(length, bounds):
+    query = randn(1, 4, length, 8).requires_grad_()
+    key, value = (randn(1, 2, length, 8).requires_grad_() for _ in range(2))
+    out, lse = ls.attention(
+        query, key, value, ls.TopKBlocks(2), cu_seqlens=bounds, enable_gqa=True, return_lse=True, backend="sdpa"
+    )
+    assert not out.any() and bool((lse == -torch.inf).all())
+    for one in torch.autograd.grad(out.sum(), (query, key, value)):
+        assert not one.any()
+
+
 @CAUSAL
 def test_dropout_drops_the_pairs_that_dense_attention_would(is_causal):
     tensors = qkv(n=32, dim=8, grad=True)
