@@ -7,8 +7,10 @@ none on a CPU), so the core's blockwise backward serves.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from functools import lru_cache
+from threading import RLock
 from typing import Any
 
 import torch
@@ -18,6 +20,20 @@ from longspan import Capabilities, Kernel, Problem, Reason, SlidingWindow, hooki
 
 SCORES = 2**26
 """Query-key pairs, over batch and heads, that are held at once on a CPU."""
+
+
+class _Tracer:
+    """Lets one thread at a time into FlexAttention: it traces each call's functions, with state that threads share."""
+
+    def __init__(self) -> None:
+        self.free = RLock()
+        os.register_at_fork(after_in_child=self._renew)
+
+    def _renew(self) -> None:
+        self.free = RLock()  # the fork may have copied one that another thread held
+
+
+_TRACER = _Tracer()
 
 
 @hookimpl
@@ -60,16 +76,17 @@ def longspan_kernel(problem: Problem) -> Kernel:
         return create_block_mask(visible, None, None, q_len, kv_len, device=device)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        mask = None if visible is None else mask_for(query.shape[2], key.shape[2], query.device)
-        out, aux = run(
-            query,
-            key,
-            value,
-            block_mask=mask,
-            scale=problem.scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-            return_aux=AuxRequest(lse=True),
-        )
+        with _TRACER.free:
+            mask = None if visible is None else mask_for(query.shape[2], key.shape[2], query.device)
+            out, aux = run(
+                query,
+                key,
+                value,
+                block_mask=mask,
+                scale=problem.scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+                return_aux=AuxRequest(lse=True),
+            )
         return out, aux.lse.to(torch.float32)
 
     def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
