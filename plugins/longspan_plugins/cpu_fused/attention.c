@@ -11,6 +11,12 @@ typedef struct {
     long units;
 } Queue;
 
+/* Gradients of keys and values that a thread adds up apart, and how many numbers there is room for in each. */
+typedef struct {
+    float *dkeys, *dvalues;
+    int64_t room;
+} Sums;
+
 static void *block(size_t floats) { return aligned_alloc(64, (4 * floats + 63) / 64 * 64 + 64); }
 
 static int open_space(Space *s, int64_t dim) {
@@ -58,9 +64,68 @@ static void run_forward(Queue *queue) {
     close_space(&space);
 }
 
+/* Where a thread is among the tiles of a unit of work: those of the heads up to `end` that are of its part. */
+typedef struct {
+    int64_t head, end, part, tile;
+} Turn;
+
+/* The next tile and its head; null after the last. */
+static const Tile *next_tile(const Job *job, Turn *turn, int64_t *head) {
+    for (; turn->head < turn->end; turn->head++, turn->tile = 0) {
+        const int64_t *mine = job->shares + 2 * (job->program_of_head[turn->head] * job->parts + turn->part);
+        if (turn->tile < mine[1] - mine[0]) {
+            *head = turn->head;
+            return job->tiles + mine[0] + turn->tile++;
+        }
+    }
+    return 0;
+}
+
+/* The first key that the next `count` tiles read and the one after the last. */
+static void reach(const Job *job, Turn turn, int64_t count, int64_t *low, int64_t *high) {
+    *low = INT64_MAX, *high = 0;
+    int64_t head;
+    for (const Tile *tile; count && (tile = next_tile(job, &turn, &head)); count--)
+        for (const Segment *s = job->segments + tile->first; s < job->segments + tile->last; s++) {
+            if (!s->count) continue;
+            const int64_t end = s->index + (s->count - 1) * s->step + 1;
+            if (s->index < *low) *low = s->index;
+            if (end > *high) *high = end;
+        }
+    if (*low > *high) *low = *high;
+}
+
+/* The sums of the next tiles of a column that has many: added up from 0, and then to the column's. */
+static void run_apart(const Job *job, Turn *turn, int64_t entry, float *dkeys, float *dvalues, Trace *trace, Sums *apart) {
+    const int64_t padded = (job->dim + VL - 1) / VL * VL;
+    int64_t low, high, head;
+    reach(job, *turn, job->run, &low, &high);
+    const int64_t many = (high - low) * padded, from = low * padded;
+    if (many > apart->room) {
+        free(apart->dkeys), free(apart->dvalues);
+        apart->dkeys = block(many), apart->dvalues = block(many), apart->room = many;
+        if (!apart->dkeys || !apart->dvalues) {
+            apart->room = 0;
+            turn->head = turn->end;
+            ((Job *)job)->failed = 1;
+            return;
+        }
+    }
+    memset(apart->dkeys, 0, sizeof(float) * many);
+    memset(apart->dvalues, 0, sizeof(float) * many);
+    const Tile *tile;
+    for (int64_t left = job->run; left && (tile = next_tile(job, turn, &head)); left--)
+        backward_tile(job, tile, entry, head, apart->dkeys - from, apart->dvalues - from, trace);
+    for (int64_t i = 0; i < many; i += VL) {
+        store(dkeys + from + i, load(dkeys + from + i) + load(apart->dkeys + i));
+        store(dvalues + from + i, load(dvalues + from + i) + load(apart->dvalues + i));
+    }
+}
+
 static void run_backward(Queue *queue) {
     Job *job = queue->job;
     Trace trace = {0};
+    Sums apart = {0};
     const int64_t kv_heads = job->heads / job->group;
     if (!open_trace(&trace, job->dim))
         job->failed = 1;
@@ -71,11 +136,15 @@ static void run_backward(Queue *queue) {
             const int64_t part = unit % job->parts, own = unit / job->parts % kv_heads, entry = unit / job->parts / kv_heads;
             const int64_t *sums = job->sums + 4 * part, where = entry * sums[2] + own * sums[3];
             float *dkey = (float *)sums[0] + where, *dvalue = (float *)sums[1] + where;
-            for (int64_t head = own * job->group; head < (own + 1) * job->group; head++) {
-                const int64_t *mine = job->shares + 2 * (job->program_of_head[head] * job->parts + part);
-                for (int64_t tile = mine[0]; tile < mine[1]; tile++) backward_tile(job, job->tiles + tile, entry, head, dkey, dvalue, &trace);
+            Turn turn = {own * job->group, (own + 1) * job->group, part, 0};
+            if (job->run)
+                while (turn.head < turn.end) run_apart(job, &turn, entry, dkey, dvalue, &trace, &apart);
+            else {
+                int64_t head;
+                for (const Tile *tile; (tile = next_tile(job, &turn, &head));) backward_tile(job, tile, entry, head, dkey, dvalue, &trace);
             }
         }
+    free(apart.dkeys), free(apart.dvalues);
     close_trace(&trace);
 }
 

@@ -40,6 +40,7 @@ typedef struct {
     const int64_t *shares; /* [program][part]: first and last tile (not included) */
     const int64_t *sums;   /* [part]: where key 0's dkey and dvalue would be, [batch][key head][key][padded dim] floats that
                               are 0 on entry, and the strides of batch and key head */
+    int64_t run;           /* tiles whose sums are added up apart before they join those; 0: each joins them itself */
     int64_t dout_at[3], dlse_at[3], dquery_at[3];
     /* Dropout: null `lines` for none. Numbers as in longspan.dropout. */
     const int64_t *lines, *query_positions, *key_positions;

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 __all__ = ["WORDS", "bits", "run"]
 
-WORDS = 7 + 1 + 5 + 2 + 5 + 5 * 3 + 5 + 3 * 3 + 3 + 2 + 3 + 3 + 4
+WORDS = 7 + 1 + 5 + 2 + 5 + 5 * 3 + 5 + 3 * 3 + 3 + 2 + 3 + 3 + 4 + 1
 
 
 def bits(number: float) -> int:

@@ -64,7 +64,7 @@ class _Native:
         drawn = None if dropout is None else _drawn(dropout, shape, key.shape)
         words = self._job(inputs, results, shape, key.shape[1], self._threads(shape, 2))
         with _traced():
-            run(self._forward, [*words, *(0,) * 14, *_dropout_words(dropout, drawn)])
+            run(self._forward, [*words, *(0,) * 15, *_dropout_words(dropout, drawn)])
         return out, lse
 
     def backward(
@@ -100,6 +100,7 @@ class _Native:
 
         sums = [zeros(keys)]
         home = max(range(shares.count), key=lambda number: shares.keys[number][1] - shares.keys[number][0])
+        apart = shares.apart(shape[1] // max(1, kv_heads))
         held = self._job(inputs, results, shape, kv_heads, threads)
 
         def words(tiles: Table, many: int, where: Table, threads: int) -> list[int]:
@@ -108,7 +109,7 @@ class _Native:
             given[THREADS], given[PARTS] = threads, many
             addresses = slope[1], 0 if more is None else more[1], target[1]
             steps = (*slope[2][:3], *((0, 0, 0) if more is None else more[2]), *target[2][:3])
-            return [*given, *addresses, tiles.address, where.address, *steps, *_dropout_words(dropout, drawn)]
+            return [*given, *addresses, tiles.address, where.address, apart, *steps, *_dropout_words(dropout, drawn)]
 
         if shares.between is None:
             places = []

@@ -9,6 +9,7 @@ shares alone.
 from __future__ import annotations
 
 from itertools import pairwise
+from math import isqrt
 
 import torch
 from attrs import frozen
@@ -19,6 +20,8 @@ from longspan_plugins.cpu_fused.table import Table
 
 __all__ = ["Shares", "share"]
 
+MOST, FEWEST = 64, 32
+"""Sums in single precision, and tiles at least that are added up apart where there are more."""
 BETWEEN = 0.05
 """The part of the work that one thread may do alone at the end."""
 
@@ -29,17 +32,23 @@ class Shares:
 
     `tiles` `(programs, shares, 2)`: the first tile and the one after the last. `keys`: for each share the first key and
     the one after the last, of any program. `between`, in the same form as `tiles`: what comes last; None where shares
-    have sums of their own.
+    have sums of their own. `sums`: the most that a head adds up in the gradients of a key, or somewhat more.
     """
 
     tiles: Table
     keys: tuple[tuple[int, int], ...]
     between: Table | None
+    sums: int
 
     @property
     def count(self) -> int:
         """How many there are."""
         return len(self.keys)
+
+    def apart(self, heads: int) -> int:
+        """How many tiles add up apart, for `heads` that share their keys; 0 where single precision serves without."""
+        many = self.sums * heads
+        return max(FEWEST, isqrt(many)) if many > MOST else 0
 
 
 def share(program: Program, count: int) -> Shares:
@@ -52,11 +61,13 @@ def share(program: Program, count: int) -> Shares:
     with torch.inference_mode(False), torch.device("cpu"):
         work, low, high = _tiles(program)
         ranges = program.ranges.tensor().tolist()
+        sums = max((_most_sums(program, *tiles) for tiles in ranges), default=0)
         if count == 1:
             return Shares(
                 Table.of(torch.tensor(ranges, dtype=torch.int64, device="cpu").view(-1, 1, 2)),
                 ((0, int(high.max()) if len(high) else 0),),
                 None,
+                sums,
             )
         cuts = [_cuts(work[first:last], count) for first, last in ranges]
         runs = [
@@ -66,21 +77,38 @@ def share(program: Program, count: int) -> Shares:
         own, between = _apart(runs, keys, low)
         late = sum(int(work[a:b].sum()) for run in between for a, b in run)
         if late <= BETWEEN * int(work.sum()):
-            return Shares(_table(own), tuple(keys), _table(between))
-        return Shares(_table(runs), tuple(keys), None)
+            return Shares(_table(own), tuple(keys), _table(between), sums)
+        return Shares(_table(runs), tuple(keys), None, sums)
 
 
-def _tiles(program: Program) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each tile: how many products it takes, its first key and the one after the last."""
-    tiles, segments = program.tiles.tensor(), program.segments.tensor()
-    first, last = tiles[:, 4], tiles[:, 5]
-    many = last - first
+def _segments(program: Program, tiles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The segments of some tiles: the tile's number among them, the segment, and the key after its last."""
+    first, many = tiles[:, 4], tiles[:, 5] - tiles[:, 4]
     tile = torch.repeat_interleave(torch.arange(len(tiles), dtype=torch.int64, device="cpu"), many)
     place = torch.arange(len(tile), dtype=torch.int64, device="cpu") - torch.repeat_interleave(
         many.cumsum(0) - many - first, many
     )
-    mine = segments[place]
-    ends = mine[:, 0] + (mine[:, 2] - 1) * mine[:, 1] + 1
+    mine = program.segments.tensor()[place]
+    return tile, mine, mine[:, 0] + (mine[:, 2] - 1) * mine[:, 1] + 1
+
+
+def _most_sums(program: Program, first: int, last: int) -> int:
+    """The most segments of these tiles that reach over one key."""
+    _, mine, ends = _segments(program, program.tiles.tensor()[first:last])
+    some = mine[:, 2] > 0
+    begins, ends = mine[some, 0], ends[some]
+    if not len(begins):
+        return 0
+    change = torch.zeros(int(ends.max()) + 1, dtype=torch.int64, device="cpu")
+    for places, by in ((begins, 1), (ends, -1)):
+        change.index_add_(0, places, torch.full_like(places, by))
+    return int(change.cumsum(0).max())
+
+
+def _tiles(program: Program) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each tile: how many products it takes, its first key and the one after the last."""
+    tiles = program.tiles.tensor()
+    tile, mine, ends = _segments(program, tiles)
     work = tiles[:, 2] * torch.zeros(len(tiles), dtype=torch.int64, device="cpu").index_add_(0, tile, mine[:, 2])
     low = torch.full((len(tiles),), 2**62, dtype=torch.int64, device="cpu").scatter_reduce_(0, tile, mine[:, 0], "amin")
     high = torch.zeros(len(tiles), dtype=torch.int64, device="cpu").scatter_reduce_(0, tile, ends, "amax")
