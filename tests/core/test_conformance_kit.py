@@ -20,6 +20,7 @@ from longspan.testing import cases_for, oracle, run_case, tolerance, verify, vis
 from longspan.testing.answers import answer, dense, factors, sight
 from longspan.testing.cases import PATTERNS, cases_of
 from longspan.testing.claims import unclaimed
+from longspan.testing.sums import lost
 from longspan.testing.tensors import make
 
 # ---------------------------------------------------------------------------------------------------- right and wrong
@@ -444,7 +445,7 @@ def test_every_claim_has_a_case_and_quick_ones_touch_them_all():
         cases = cases_of(FULL, quick=quick)
         fields = {case.claim.field for case in cases}
         assert {"dtypes", "head_dim", "patterns", "causal", "gqa", "dropout", "deterministic", "api"} <= fields
-        assert {case.check for case in cases} >= {"forward", "gradient", "joint", "leak", "repeat", "refuse"}
+        assert {case.check for case in cases} >= {"forward", "gradient", "sums", "joint", "leak", "repeat", "refuse"}
         assert {case.problem.dtype for case in cases} == set(DTYPES)
     assert len(cases_of(FULL, quick=True)) < 0.6 * len(cases_of(FULL))
 
@@ -499,6 +500,21 @@ def test_the_formula_that_dropout_is_judged_by_is_the_oracle(pattern):
     for x, y in zip(got, want, strict=True):
         assert torch.equal(x.isinf(), y.isinf())
         assert tolerance.error(x, y) < 1e-14
+
+
+@pytest.mark.parametrize("name", ["long-row-normal", "long-column-positive"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_and_columns_of_65536_have_gradients_and_are_quick(name, dtype):
+    (case,) = [case for case in cases_of(FULL, quick=True) if case.id == f"cpu-{dtype}-{name}-sums"]
+    assert max(case.problem.q_len, case.problem.kv_len) == 65_536 and case.problem.requires_grad
+    assert {f"cpu-{dtype}-{name}-sums", f"cpu-{dtype}-long-row-positive-sums"} <= {one.id for one in cases_of(FULL)}
+    assert bool((make(case).dout > 0).all()) == ("positive" in name)
+
+
+def test_what_is_lost_is_a_mean_and_leaves_out_rows_without_keys():
+    want = torch.tensor([3.0, 4.0, -math.inf], dtype=torch.float64)
+    assert lost(torch.tensor([3.0, 4.5, -math.inf]), want) == pytest.approx(0.1)
+    assert math.isnan(lost(torch.tensor([3.0, math.nan, -math.inf]), want))
 
 
 def test_dropout_factors_keep_the_mean():

@@ -369,6 +369,54 @@ class KeysBelow1024(Sound):
         return [keys for keys in super().tiles(problem, length) if keys.start < 1024]
 
 
+@mistake("a row's keys are summed one after the other", "any length: 65,536 keys")
+class OneAfterTheOther(Sound):
+    def tiles(self, problem, length):
+        return [slice(0, length)] if length > 4096 else super().tiles(problem, length)
+
+    def product(self, weights, values, seen):
+        return (
+            one_after_the_other(weights, values) if weights.shape[3] > 4096 else super().product(weights, values, seen)
+        )
+
+
+@mistake("a column's queries are summed one after the other in the backward", "any length: 65,536 keys")
+class ColumnsOneAfterTheOther(Sound):
+    def over_queries(self, weights, rows):
+        return one_after_the_other(weights.mT, rows) if weights.shape[2] > 4096 else super().over_queries(weights, rows)
+
+
+@mistake("dquery is added up in half precision, tile by tile", "any length: 65,536 keys")
+class QuerySlopeInHalf(Sound):
+    claims = HALVES
+
+    def add(self, total, part):
+        return (total + part).bfloat16().float()
+
+
+@mistake("the output is kept in half precision from tile to tile", "any length: 65,536 keys")
+class OutputInHalf(Sound):
+    claims = HALVES
+
+    def shrink_out(self, shrink):
+        return shrink.bfloat16().float()
+
+    def product(self, weights, values, seen):
+        return super().product(weights, values, seen).bfloat16().float()
+
+
+def one_after_the_other(weights, rows):
+    """`weights @ rows`, each sum from its first term to its last."""
+    found = rows.new_zeros(*weights.shape[:3], rows.shape[3])
+    index = torch.zeros(rows.shape[2], dtype=torch.int64)
+    for batch in range(weights.shape[0]):
+        for head in range(weights.shape[1]):
+            for row in range(weights.shape[2]):
+                terms = weights[batch, head, row, :, None] * rows[batch, head]
+                found[batch, head, row].unsqueeze(0).index_add_(0, index, terms)
+    return found
+
+
 # -------------------------------------------------------------------------------------------------------------- dropout
 
 

@@ -74,7 +74,8 @@ class Sound:
         return x if x.shape[1] == heads else x[:, self.group(heads, x.shape[1])]
 
     def tiles(self, problem, length):
-        return [slice(start, min(start + self.tile, length)) for start in range(0, length, self.tile)]
+        tile = self.tile if length <= 4096 else 1024  # tiles, too, are summed one after the other
+        return [slice(start, min(start + tile, length)) for start in range(0, length, tile)]
 
     def first_largest(self, q):
         return q.new_full((*q.shape[:3], 1), -math.inf)

@@ -15,12 +15,13 @@ from longspan.spec import Problem
 from longspan.testing.oracle import oracle, visible
 from longspan.testing.tensors import Inputs
 
-__all__ = ["SEED", "Answer", "answer", "dense", "factors", "gradients", "known_answer", "sight"]
+__all__ = ["SEED", "Answer", "Three", "answer", "dense", "factors", "gradients", "known_answer", "sight"]
 
 SEED = 20
 """The dropout seed of every case."""
 
 Three = tuple[Tensor, Tensor, Tensor]
+"""Of query, key and value."""
 
 
 @frozen(eq=False)

@@ -21,7 +21,7 @@ LARGEST = 256
 WIDTHS = (20, 76, 100)
 """Head dimensions that are no multiple of 8, beside a tile's usual widths."""
 LONG = 65_536
-"""Keys of the long rows, and queries of the long columns."""
+"""Keys of the long rows, and queries of the long columns, whose sums show how rounding grows with their number."""
 
 PATTERNS: Mapping[str, Pattern] = {
     "dense": Dense(),
@@ -60,15 +60,15 @@ class Case:
 
     Args:
         id: names the case, such as `cpu-float32-causal-gradient`.
-        check: forward, gradient, lse-gradient, joint, leak, contain, repeat, again, threads, backward (claims that must
-            hold) or refuse.
+        check: forward, gradient, sums, lse-gradient, joint, leak, contain, repeat, again, threads, backward (claims
+            that must hold) or refuse.
         claim: what is put to the test.
         problem: what is computed; its device is a kind (`cuda`), until it is known which one there is.
         device: the torch device it runs on; that of a refusal need not exist.
         layout: of the tensors in memory: contiguous, transposed, sliced, strided, expanded, or pooled (the gradient of
             the output alone is expanded, along the queries).
         logits: normal, spiked (scores of 1e4), sunken (scores below -1e4), uneven (rows of scores near 300, 0 and
-            -300).
+            -300), positive (all numbers are from 0 to 1: nothing cancels, and running sums grow).
         argument: for a refusal, the `Reason.field` that must be named.
     """
 
@@ -302,8 +302,10 @@ def _lengths() -> Iterator[_Draft]:
     wide = {**_ONE_HEAD, "q_len": 2050, "pattern": SlidingWindow(200, 20)}
     yield _Draft("thousands-window", tiles, wide, FORWARD, where=True)
     most = contract(f"any length: {LONG:,} keys or queries", _LONG_FIX)
-    yield _Draft("long-row", most, {**_ONE_HEAD, "q_len": 8, "kv_len": LONG}, FORWARD, quick=True)
-    yield _Draft("long-column", most, {**_ONE_HEAD, "q_len": LONG, "kv_len": 8}, FORWARD, quick=True)
+    for name, shape in (("row", {"q_len": 8, "kv_len": LONG}), ("column", {"q_len": LONG, "kv_len": 8})):
+        for logits in ("positive", "normal"):  # a row's dquery, and a column's sums, show the most in one of them
+            changes, quick = {**_ONE_HEAD, **shape}, logits == {"row": "normal", "column": "positive"}[name]
+            yield _Draft(f"long-{name}-{logits}", most, changes, ("sums",), logits=logits, quick=quick)
 
 
 # ----------------------------------------------------------------------------------------------- what must be refused

@@ -19,6 +19,7 @@ from longspan.testing.claims import claim_of
 from longspan.testing.containment import breach_of_containment
 from longspan.testing.guard import only_read
 from longspan.testing.outcome import Breach
+from longspan.testing.sums import sums
 from longspan.testing.workbench import Bench, Measures
 
 __all__ = ["CHECKS"]
@@ -147,6 +148,7 @@ CHECKS: Mapping[str, Callable[[Bench], Measures]] = MappingProxyType(
     {
         "forward": _forward,
         "gradient": _gradient,
+        "sums": sums,
         "lse-gradient": _lse_gradient,
         "joint": _joint,
         "leak": _leak,

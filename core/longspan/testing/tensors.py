@@ -45,6 +45,8 @@ def make(case: Case, number: int = 0) -> Inputs:
         drawn[:2] = 100 * drawn[0].abs() + 10, -100 * drawn[1].abs() - 10
     elif case.logits == "uneven":
         drawn[:2] = _uneven(case, drawn[0], drawn[1])
+    elif case.logits == "positive":
+        drawn = [torch.special.ndtr(x) for x in drawn]  # even between 0 and 1
     dtype = getattr(torch, p.dtype)
     query, key, value, dout = (_laid_out(x.to(dtype).to(case.device), case.layout) for x in drawn)
     if case.layout == "pooled" and p.q_len:  # the gradient of a mean over the tokens
