@@ -23,11 +23,11 @@ typedef struct {
 } Pair;
 
 /* scores[key][lane] = sum over x of key[key][x] * query[x][lane]; returns the larger of each lane and `top`. */
-INLINE Pair score_rows(int rows, int64_t dim, const float *key, int64_t key_at, const float *query, float *scores, Pair top) {
+INLINE Pair score_rows(int rows, int spans, int64_t dim, const float *key, int64_t key_at, const float *query, float *scores, Pair top) {
     vf a[ROWS], b[ROWS];
     UNROLL for (int r = 0; r < rows; r++) a[r] = b[r] = (vf){0};
     for (int64_t x = 0;;) {
-        for (const int64_t stop = dim - x < SPAN ? dim : x + SPAN; x < stop; x++) {
+        for (const int64_t stop = !spans || dim - x < SPAN ? dim : x + SPAN; x < stop; x++) {
             vf qa = load(query + x * PANEL), qb = load(query + x * PANEL + VL);
             UNROLL for (int r = 0; r < rows; r++) {
                 vf k = all(key[r * key_at + x]);
@@ -35,12 +35,12 @@ INLINE Pair score_rows(int rows, int64_t dim, const float *key, int64_t key_at, 
                 b[r] += k * qb;
             }
         }
-        if (x > SPAN) /* what the spans before have come to */
+        if (spans && x > SPAN) /* what the spans before have come to */
             UNROLL for (int r = 0; r < rows; r++) {
                 a[r] += load(scores + r * PANEL);
                 b[r] += load(scores + r * PANEL + VL);
             }
-        if (x == dim) break;
+        if (!spans || x == dim) break;
         UNROLL for (int r = 0; r < rows; r++) {
             store(scores + r * PANEL, a[r]);
             store(scores + r * PANEL + VL, b[r]);
@@ -56,12 +56,16 @@ INLINE Pair score_rows(int rows, int64_t dim, const float *key, int64_t key_at, 
     return top;
 }
 
-APART Pair score(int64_t keys, int64_t dim, const float *key, int64_t key_at, const float *query, float *scores, Pair top) {
+INLINE Pair score_all(int spans, int64_t keys, int64_t dim, const float *key, int64_t key_at, const float *query, float *scores, Pair top) {
     int64_t k = 0;
     for (; k + ROWS <= keys; k += ROWS)
-        top = score_rows(ROWS, dim, key + k * key_at, key_at, query, scores + k * PANEL, top);
-    for (; k < keys; k++) top = score_rows(1, dim, key + k * key_at, key_at, query, scores + k * PANEL, top);
+        top = score_rows(ROWS, spans, dim, key + k * key_at, key_at, query, scores + k * PANEL, top);
+    for (; k < keys; k++) top = score_rows(1, spans, dim, key + k * key_at, key_at, query, scores + k * PANEL, top);
     return top;
+}
+
+APART Pair score(int64_t keys, int64_t dim, const float *key, int64_t key_at, const float *query, float *scores, Pair top) {
+    return dim > SPAN ? score_all(1, keys, dim, key, key_at, query, scores, top) : score_all(0, keys, dim, key, key_at, query, scores, top);
 }
 
 /* sum[x][lane] = sum[x][lane] * fade[lane] + sum over keys of value[key][x] * weights[key][lane]. */
