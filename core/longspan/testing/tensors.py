@@ -67,7 +67,7 @@ def _spiked(case: Case, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
 def _uneven(case: Case, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Every third row's scores near 300, the next one's near 0, the next one's near -300."""
     height = math.sqrt(300 / abs(case.problem.scale))
-    query[..., 0] = height * (1.0 - torch.arange(query.shape[2]) % 3)
+    query[..., 0] = height * (1.0 - torch.arange(query.shape[2], dtype=query.dtype, device=query.device) % 3)
     key[..., 0] = height
     return query, key
 
