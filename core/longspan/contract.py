@@ -31,10 +31,11 @@ def check_result(backend: str, result: Any, query: Tensor) -> None:
         got = f"{type(result).__name__} of {len(result)}" if isinstance(result, tuple | list) else type(result).__name__
     else:
         out, lse = result
-        right = out.shape == query.shape and out.dtype == query.dtype
+        right = out.shape == query.shape and out.dtype == query.dtype and _lies_like(query, out, lse)
         if right and lse.shape == query.shape[:3] and lse.dtype in lse_dtypes:
             return
-        got = f"out {tuple(out.shape)} {out.dtype} and lse {tuple(lse.shape)} {lse.dtype}"
+        wanted += _place(query)
+        got = f"out {tuple(out.shape)} {out.dtype}{_place(out)} and lse {tuple(lse.shape)} {lse.dtype}{_place(lse)}"
     raise PluginError(f"{backend}'s kernel returned {got}; want {wanted}. Next: mend the kernel")
 
 
@@ -46,12 +47,22 @@ def check_gradients(backend: str, result: Any, inputs: tuple[Tensor, ...]) -> No
     """
     wanted = " and ".join(str(tuple(x.shape)) for x in inputs)
     if isinstance(result, tuple | list) and len(result) == 3 and all(isinstance(x, Tensor) for x in result):
-        if all(x.shape == like.shape and x.is_floating_point() for x, like in zip(result, inputs, strict=True)):
+        alike = all(x.shape == like.shape and x.is_floating_point() for x, like in zip(result, inputs, strict=True))
+        if alike and _lies_like(inputs[0], *result):
             return
-        got = " and ".join(f"{tuple(x.shape)} {x.dtype}" for x in result)
+        wanted += _place(inputs[0])
+        got = " and ".join(f"{tuple(x.shape)} {x.dtype}{_place(x)}" for x in result)
     else:
         got = f"{type(result).__name__} of {len(result)}" if isinstance(result, tuple | list) else type(result).__name__
     raise PluginError(f"{backend}'s backward returned {got}; want gradients {wanted}. Next: mend the kernel")
+
+
+def _lies_like(like: Tensor, *tensors: Tensor) -> bool:
+    return all(x.device == like.device and x.layout is torch.strided for x in tensors)
+
+
+def _place(tensor: Tensor) -> str:
+    return f" on {tensor.device}" + ("" if tensor.layout is torch.strided else f" ({tensor.layout})")
 
 
 def note_kernel(error: Exception, backend: str) -> None:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from longspan.autocast import follow_autocast
-from longspan.autograd import Differentiable
+from longspan.autograd import Differentiable, no_graph
 from longspan.cache import LayoutStore
 from longspan.contract import note_kernel
 from longspan.dropout import Draw, check_seed, draw_seed
 from longspan.errors import ArgumentError
 from longspan.explain import check_problem, explain
 from longspan.ops import Operands, attend_in_graph, differentiate_in_graph
-from longspan.ordinary import undisturbed
+from longspan.ordinary import undisturbed, undisturbed_gradient
 from longspan.policy import Policy
 from longspan.resolve import demand
 from longspan.runners import make_runner
@@ -182,6 +182,9 @@ class Plan:
         self._check(query, key, value)
         self._check_results(dout, query, out, lse, dlse)
         draw = Draw(self.problem.dropout_p, seed, self.problem.query_offset) if self.problem.dropout_p else None
+        if not (undisturbed(query, key, value) and undisturbed_gradient(dout, dlse, out)):
+            in_graph = no_graph if isinstance(self._runner, ChoosingRunner) else self._differentiate_in_graph
+            return in_graph(draw, dout, dlse, query, key, value, out, lse)
         return spared(partial(self._runner.backward, dout, query, key, value, out, lse, draw, dlse))
 
     def _differentiate_in_graph(self, draw: Draw | None, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from longspan.buffers import TorchAllocator, Workspace
+from longspan.tensors import unit_stride
 
 __all__ = ["Scratch"]
 
@@ -53,7 +54,7 @@ class Scratch:
     def flip(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor with its rows (dimension 2) in reverse order."""
         if not self.is_kept:
-            return tensor.flip(2)
+            return unit_stride(tensor.flip(2))  # torch orders the strides of overlapping rows anew
         backwards = torch.arange(tensor.shape[2] - 1, -1, -1, device=tensor.device, dtype=torch.int64)
         return torch.index_select(tensor, 2, backwards, out=self.again(name, tuple(tensor.shape), tensor.dtype))
 

@@ -465,3 +465,25 @@ def test_empty_tensors(backend, batch, heads, q_len, kv_len):
 def test_sliding_window(backend, left, right, causal):
     q, k, v = (tensor(2, 3, 41, 4, "transposed", i) for i in range(3))
     check_honoured_or_refused(q, k, v, ls.SlidingWindow(left, right), backend, is_causal=causal)
+
+
+@pytest.mark.parametrize("backend", ["cpu_fused", "sdpa", "reference", "block_sparse_batched", "torch_sparse"])
+@pytest.mark.parametrize("n", [2, 15, 40])
+@pytest.mark.parametrize("step", [1, 2])
+def test_rows_that_overlap(backend, n, step):
+    """Windows of one signal, as unfold makes them: two dimensions of a stride below head_dim."""
+    dim = 16
+    overlapping = [randn(n * step + dim, seed=seed).float().unfold(0, dim, step)[:n][None, None] for seed in range(4)]
+    assert overlapping[0].stride()[2:] == (step, 1)
+    for pattern in (ls.Dense(), ls.SlidingWindow(9)):
+        found, want = (
+            torch.func.vjp(lambda *x, p=pattern: ls.attention(*x, p, is_causal=True, backend=backend), *given[:3])
+            for given in (overlapping, [x.contiguous() for x in overlapping])
+        )
+        torch.testing.assert_close(found[0], want[0], rtol=1e-5, atol=1e-5)
+        for one, other in zip(found[1](overlapping[3]), want[1](overlapping[3].contiguous()), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        leaves = [x.detach().requires_grad_() for x in overlapping[:3]]
+        ls.attention(*leaves, pattern, is_causal=True, backend=backend).backward(overlapping[3])
+        for leaf, other in zip(leaves, want[1](overlapping[3].contiguous()), strict=True):
+            torch.testing.assert_close(leaf.grad, other, rtol=1e-5, atol=1e-5)

@@ -341,6 +341,13 @@ def test_a_compiler_that_takes_too_long_is_left_alone_for_a_while(here, monkeypa
     assert here.load()[0].handle and here.builds == 2
 
 
+def test_what_a_compiler_makes_that_is_no_library_is_not_kept(here, tmp_path):
+    (tmp_path / "made.so").write_bytes(b"rubbish!")
+    found, _ = here.load()
+    assert not found.handle and "did not make a library" in found.refusal
+    assert not list(here.cache.rglob("*.so")) and not list(here.temp.rglob("*.so"))
+
+
 def test_a_build_that_works_is_no_failure_any_more(here):
     key = library._key(library.compiler())
     home = compiled.Home(here.kept)

@@ -231,6 +231,20 @@ def test_make_fx_of_a_backward_alone(call):
 
 
 @each_backend
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("trace", [make_fx, lambda run: lambda *given: torch.jit.trace(run, given)])
+def test_the_backward_of_a_plan_is_recorded(backend, trace):
+    query, key, value = qkv()
+    plan = ls.plan(ls.Problem.like(query, key, value), backend=backend)
+    out, lse = plan(query, key, value)
+    given = (torch.ones_like(out), query, key, value, out, lse)
+    plan.backward(*given)  # what is made at the first call is made
+    recorded = trace(lambda *x: plan.backward(*x))(*given)
+    others = (randn(*out.shape, seed=5, dtype=torch.float32), *given[1:])
+    assert_same(recorded(*others), plan.backward(*others))
+
+
+@each_backend
 @each_call
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_jit_trace_records_the_operator(backend, call):

@@ -9,6 +9,7 @@ import torch
 
 import longspan as ls
 from longspan import blockwise, errors
+from longspan.contract import check_gradients, check_result
 
 X = torch.randn(1, 2, 16, 8, generator=torch.Generator().manual_seed(0))
 VARIABLES = ("LONGSPAN_BACKEND", "LONGSPAN_PREFER", "LONGSPAN_BLOCK", "LONGSPAN_PLUGINS", "LONGSPAN_STRICT")
@@ -264,6 +265,18 @@ def test_an_exception_of_a_hook_names_the_hook_and_the_backend(faulty, hook):
         ls.attention(X, X, X, ls.SlidingWindow(2), backend="acme")
     (note,) = noted(caught)
     assert hook in note and "longspan explain" in note
+
+
+@pytest.mark.parametrize("elsewhere", [lambda x: x.to("meta"), lambda x: x.to_sparse()])
+def test_results_that_lie_elsewhere_are_refused(elsewhere):
+    out, lse = torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3)
+    check_result("mine", (out, lse), out)
+    check_gradients("mine", (out, out, out), (out, out, out))
+    for result in ((elsewhere(out), lse), (out, elsewhere(lse))):
+        with pytest.raises(ls.PluginError, match=r"^mine's kernel returned .*Next: "):
+            check_result("mine", result, out)
+    with pytest.raises(ls.PluginError, match=r"^mine's backward returned .*Next: "):
+        check_gradients("mine", (elsewhere(out), out, out), (out, out, out))
 
 
 def test_garbage_of_a_hook_names_it(faulty):

@@ -166,11 +166,17 @@ def _open(address: str) -> Library:
 def _fresh(program: tuple[str, ...], key: str, homes: tuple[compiled.Home, ...]) -> Library:
     """Build the library and keep it in the first home that takes it; where none does, it is this process's alone."""
     with _built(program, homes) as path:
-        data = path.read_bytes()
+        data, kept = path.read_bytes(), []
         for home in homes:
             with suppress(OSError, AttributeError):
-                return _open(home.keep(key, data).address)
-        return _open(str(path))
+                kept.append(home.keep(key, data))
+                return _open(kept[-1].address)
+        try:
+            return _open(str(path))
+        except (OSError, AttributeError):  # what the compiler made is no library: nobody is to find it
+            for code in kept:
+                code.path.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager

@@ -33,6 +33,7 @@ def forward(
     """`(out, lse)`; `mask` `(1, 1, q_len, kv_len)` of query's dtype, 0 or -inf."""
     if mask is not None:
         return _masked(query, key, value, scale, mask)
+    query, key, value = map(_apart, (query, key, value))
     out, lse = _flash(query, key, value, 0.0, is_causal, scale=scale)
     group = query.shape[1] // key.shape[1]
     if is_causal and not is_finite(out):  # the operator multiplies masked weights, and 0 times NaN is NaN
@@ -64,6 +65,7 @@ def backward(
     """Gradients for the joint `(out, lse)`."""
     if mask is not None:
         return _masked_backward(dout, query, key, value, out, lse, scale, mask)
+    dout, query, key, value, out = map(_apart, (dout, query, key, value, out))
 
     def run(*tensors: Tensor) -> Gradients:
         return _gradients(*tensors, is_causal=is_causal, scale=scale)
@@ -145,6 +147,16 @@ def _masked_backward(
     if is_finite(*found):
         return found
     return containment.backward(run, dout, query, key, value, out, lse, scale=scale, mask=mask == 0)
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    """The tensor, copied where rows overlap within head_dim: torch gives results its strides, and orders these anew."""
+    if tensor.is_contiguous():
+        return tensor
+    sizes, strides, dim = tensor.shape, tensor.stride(), tensor.shape[3]
+    if any(size > 1 and 0 < stride < dim for size, stride in zip(sizes[:3], strides[:3], strict=True)):
+        return tensor.contiguous()
+    return tensor
 
 
 def _aligned(tensor: Tensor) -> Tensor:
