@@ -234,7 +234,7 @@ def test_the_table_makes_as_many_cases_as_it_should():
     others = len(BACKENDS) - len(THOROUGH)
     each = 1 + settings
     assert len(set(CASES)) == len(CASES) == len(BACKENDS) * each + len(THOROUGH) * pairs + others * 45
-    elsewhere = {"query", "key", "value", "backend", "dropout_seed"}
+    elsewhere = {"query", "key", "value", "backend", "dropout_seed", "foreign"}
     assert set(inspect.signature(ls.attention).parameters) - elsewhere == set(TABLE) - {"dtype", "layout"}
 
 
