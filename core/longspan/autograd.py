@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from longspan.dropout import Draw
-from longspan.errors import LongspanError
+from longspan.errors import ArgumentError, LongspanError
 from longspan.ordinary import undisturbed_gradient
 from longspan.shortage import spared
 
@@ -81,11 +81,13 @@ def no_graph(*_: Any) -> Gradients:
     """The backward where no operator stands for the problem.
 
     Raises:
-        LongspanError: always.
+        ArgumentError: always.
     """
-    raise LongspanError(
-        "the gradient of attention with TopKBlocks: got one that torch traces, maps or wraps; want a plain tensor. "
-        "Next: run the forward in the same context too (torch.compile, torch.func, the dispatch mode)"
+    raise ArgumentError(
+        "the gradient of attention with TopKBlocks",
+        "one that torch traces, maps or wraps",
+        "a plain tensor",
+        "run the forward in the same context too (torch.compile, torch.func, the dispatch mode)",
     )
 
 
