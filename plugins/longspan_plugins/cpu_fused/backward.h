@@ -12,7 +12,8 @@ typedef struct {
     float *whole, *rest; /* of dquery, for the chunks before the last ones */
     int chunks[PANELS];
     float lse[TILE], held[TILE]; /* the latter times the scale */
-    /* A weight is e^(score * scale) * 2^-shift * share: no place of the score is lost as in its difference from the lse. */
+    /* A float32 weight is e^(score * scale) * 2^-shift * share: no place of the score is lost as in its difference from the
+       lse. Of half inputs, which have no such places, it is 2^(score * scale - shift), which costs less. */
     float scale[TILE], shift[TILE], share[TILE];
     int large; /* whether any lse is */
 } Trace;
@@ -63,8 +64,8 @@ APART void gather_seen(int64_t keys, int64_t count, int64_t dim, const float *we
 }
 
 /* Scores become the joint weights, and the slopes of the values' products the slopes of the scores. */
-APART void slopes(const Job *job, const Tile *tile, const Segment *s, int64_t row, int64_t k, int64_t keys, int part, const Dropping *drop,
-                  const Trace *trace, float *weights, float *slope) {
+INLINE void slopes_of(int half, const Job *job, const Tile *tile, const Segment *s, int64_t row, int64_t k, int64_t keys, int part,
+                      const Dropping *drop, const Trace *trace, float *weights, float *slope) {
     const vf fa = load(trace->scale + row), fb = load(trace->scale + row + VL);
     const vf sa = load(trace->shift + row), sb = load(trace->shift + row + VL);
     const vf ca = load(trace->share + row), cb = load(trace->share + row + VL);
@@ -74,7 +75,8 @@ APART void slopes(const Job *job, const Tile *tile, const Segment *s, int64_t ro
     if (job->lines) lots = row_lots(drop, tile, row);
     for (int64_t i = 0; i < keys; i++) {
         float *at = weights + i * PANEL, *to = slope + i * PANEL;
-        vf a = exp_shifted(load(at) * fa, sa) * ca, b = exp_shifted(load(at + VL) * fb, sb) * cb;
+        vf a = half ? exp2_of(load(at) * fa - sa) : exp_shifted(load(at) * fa, sa) * ca;
+        vf b = half ? exp2_of(load(at + VL) * fb - sb) : exp_shifted(load(at + VL) * fb, sb) * cb;
         vf da = load(to), db = load(to + VL);
         vf wa = a, wb = b;
         if (job->lines) {
@@ -97,6 +99,16 @@ APART void slopes(const Job *job, const Tile *tile, const Segment *s, int64_t ro
         store(at, wa), store(at + VL, wb);
         store(to, da), store(to + VL, db);
     }
+}
+
+APART void slopes(const Job *job, const Tile *tile, const Segment *s, int64_t row, int64_t k, int64_t keys, int part, const Dropping *drop,
+                  const Trace *trace, float *weights, float *slope) {
+    slopes_of(0, job, tile, s, row, k, keys, part, drop, trace, weights, slope);
+}
+
+APART void slopes_half(const Job *job, const Tile *tile, const Segment *s, int64_t row, int64_t k, int64_t keys, int part, const Dropping *drop,
+                       const Trace *trace, float *weights, float *slope) {
+    slopes_of(1, job, tile, s, row, k, keys, part, drop, trace, weights, slope);
 }
 
 /* Where the lse is large, scores become their distance from it: of the rounded product with the scale, as the forward's
@@ -132,17 +144,17 @@ static void open_tile(const Job *job, const Tile *tile, int64_t entry, int64_t h
     *dout = widened(rows_of(job->dout, job->dout_at, entry, head, tile->index, kind), dout_at, tile->count, dim, padded, kind, t->dout_rows);
     const float *out = widened(rows_of(job->out, job->out_at, entry, head, tile->index, kind), &out_at, tile->count, dim, dim, kind, t->rows);
     t->large = 0;
-    const float scale = (float)job->scale;
+    const float scale = (float)job->scale, unit = kind ? LOG2E : 1.0f;
     for (int64_t i = 0; i < TILE; i++) {
         t->lse[i] = t->shift[i] = INFINITY; /* weights 0, for rows without keys too */
-        t->scale[i] = fabsf(scale), t->share[i] = 0, t->held[i] = 0;
+        t->scale[i] = fabsf(scale) * unit, t->share[i] = 0, t->held[i] = 0;
         if (i >= tile->count) continue;
         const int64_t at = tile->index + i * tile->step;
         const float lse = job->lse[entry * job->lse_at[0] + head * job->lse_at[1] + at * job->lse_at[2]];
         if (lse != -INFINITY) {
             const double base = lse * 1.4426950408889634;
-            t->lse[i] = lse, t->scale[i] = scale, t->shift[i] = (float)rint(base), t->share[i] = (float)(rint(base) - base);
-            if (fabsf(lse * LOG2E) > LARGE) t->large = 1, t->scale[i] = 1, t->shift[i] = 0, t->share[i] = 0;
+            t->lse[i] = lse, t->scale[i] = scale * unit, t->shift[i] = (float)(kind ? base : rint(base)), t->share[i] = (float)(rint(base) - base);
+            if (fabsf(lse * LOG2E) > LARGE) t->large = 1, t->scale[i] = unit, t->shift[i] = 0, t->share[i] = 0;
         }
         float held = 0;
         const float *o = out + i * out_at, *d = *dout + i * *dout_at;
@@ -217,7 +229,7 @@ static void backward_tile(const Job *job, const Tile *tile, int64_t entry, int64
                     score(keys, dim, value, value_at, t->dout + row * dim, slope, keep);
                 }
                 if (t->large) settle(keys, weights, t->lse + row, (float)job->scale);
-                slopes(job, tile, s, row, k, keys, part, &drop, t, weights, slope);
+                (kind ? slopes_half : slopes)(job, tile, s, row, k, keys, part, &drop, t, weights, slope);
                 const int chunks = t->chunks[p]++;
                 if (chunks && chunks % RUN == 0) lift(dim, t->dquery + row * dim, t->whole + row * dim, t->rest + row * dim, keep, chunks == RUN);
                 (clean ? weigh : weigh_seen)(keys, dim, key, key_at, slope, t->dquery + row * dim, keep);
