@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 import longspan as ls
 from longspan.testing import oracle
+from small import assert_same
 
 VIEWS = {
     "as_strided", "view", "_unsafe_view", "expand", "slice", "transpose", "unsqueeze", "squeeze", "flatten", "permute",
@@ -110,13 +113,73 @@ def test_pascal_fp32_is_chosen_by_the_resolution_whatever_the_caller_is():
     )
 
 
-def test_flash_says_which_library_serves():
+FLASH_ATTN = """
+import torch
+from longspan import blockwise
+
+def _flash_attn_forward(q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap,
+                        alibi_slopes, return_softmax):
+    assert (dropout_p, window_size_left, window_size_right, softcap, return_softmax) == (0.0, -1, -1, 0.0, False)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out, lse = blockwise.forward(q, k, v, is_causal=causal, scale=softmax_scale)
+    return out.transpose(1, 2), lse, None, None
+
+def _flash_attn_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, deterministic):
+    dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
+    grads = blockwise.backward(dout, q, k, v, out, softmax_lse, is_causal=causal, scale=softmax_scale)
+    for into, grad in zip((dq, dk, dv), grads, strict=True):
+        into.copy_(grad.transpose(1, 2))
+"""
+
+
+@pytest.fixture
+def flash_attn(tmp_path, monkeypatch):
+    """A package of the form of `flash-attn` 2, whose kernels are the core's arithmetic."""
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "__init__.py").touch()
+    (tmp_path / "flash_attn" / "flash_attn_interface.py").write_text(FLASH_ATTN)
+    (tmp_path / "flash_attn_2_cuda.py").touch()
+    (tmp_path / "flash_attn-2.8.3.dist-info").mkdir()
+    (tmp_path / "flash_attn-2.8.3.dist-info" / "METADATA").write_text("Name: flash-attn\nVersion: 2.8.3\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    for name in [name for name in sys.modules if name.startswith("flash_attn")]:
+        del sys.modules[name]
+
+
+FLASH_PROBLEM = ls.Problem(batch=1, heads=8, q_len=128, head_dim=64, dtype="bfloat16", device="sm_90")
+
+
+def test_flash_needs_a_package_and_says_which():
+    from longspan_plugins.flash import serving
+
+    if serving(FLASH_PROBLEM) is not None:
+        pytest.skip("a package of the family is installed")
+    found = ls.explain(FLASH_PROBLEM)
+    (reason,) = found["flash"].reasons
+    assert found.chosen == "sdpa" and reason.code == "package"
+    assert reason.want == "the package flash-attn-4 or flash_attn_3 or flash-attn"
+    assert reason.fix.endswith("install flash-attn --no-build-isolation")
+    assert ls.explain(FLASH_PROBLEM, device="sm_80")["flash"].reasons[0].want == "the package flash-attn"
+    (reason,) = ls.explain(FLASH_PROBLEM, device="sm_140")["flash"].reasons
+    assert (reason.want, reason.fix) == ("an older device", "")
+
+
+def test_flash_serves_by_the_package_that_is_installed(flash_attn):
     from longspan_plugins import flash
 
-    problem = ls.Problem(batch=1, heads=8, q_len=128, head_dim=64, dtype="bfloat16", device="sm_90")
-    library = flash.serving(problem)
-    assert library.name in {"torch", "FlashAttention 2", "FlashAttention 3", "FlashAttention 4"}
-    assert library.version
+    assert ls.explain(FLASH_PROBLEM).chosen == "flash"
+    assert flash.serving(FLASH_PROBLEM).version == "2.8.3"
+    query, key, value = tensors(128, torch.bfloat16, heads=8, dim=64)
+    dout = torch.randn(query.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for is_causal in (False, True):
+        problem = FLASH_PROBLEM.replace(is_causal=is_causal)
+        kernel, given = flash.longspan_kernel(problem), {"is_causal": is_causal, "scale": problem.scale}
+        assert kernel.library == "FlashAttention 2 2.8.3"
+        out, lse = kernel.forward(query, key, value)
+        assert_same((out, lse), ls.blockwise.forward(query, key, value, **given))
+        saved = dout, query, key, value, out, lse
+        assert_same(kernel.backward(*saved), ls.blockwise.backward(*saved, **given))
 
 
 def test_what_is_missing_stays_a_candidate_with_its_install_line():

@@ -74,9 +74,10 @@ def test_what_is_of_no_use_here_is_no_fault(starts):  # noqa: F811
     assert set(useless) == {"flash", "xformers"}
     reason = useless["flash"]["reasons"][0]
     assert (reason["device"], reason["here"], reason["code"]) == ("cpu", True, "device")
-    package = [reason for reason in useless["xformers"]["reasons"] if reason["code"] == "package"]
-    assert [(one["here"], one["fix"]) for one in package] == [(False, f"{PIP} install 'xformers>=0.0.30'")]
-    assert useless["xformers"]["fixes"] == [], "to install it mends nothing on a CPU"
+    for name, what in (("flash", "flash-attn --no-build-isolation"), ("xformers", "'xformers>=0.0.30'")):
+        package = [reason for reason in useless[name]["reasons"] if reason["code"] == "package"]
+        assert [(one["here"], one["fix"]) for one in package] == [(False, f"{PIP} install {what}")]
+        assert useless[name]["fixes"] == [], "to install it mends nothing on a CPU"
     assert report["ok"] is True
 
 

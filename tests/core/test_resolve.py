@@ -66,7 +66,6 @@ def no_devices(monkeypatch):
 
 CHOSEN = {  # by auto, where it is not sdpa: what runs half precision best where
     ("float32", "cpu"): "cpu_fused", ("float16", "cpu"): "pascal_fp32", ("float16", "sm_61"): "pascal_fp32",
-    ("float16", "sm_80"): "flash", ("float16", "sm_90"): "flash",
 }  # fmt: skip
 
 

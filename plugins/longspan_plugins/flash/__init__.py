@@ -1,6 +1,7 @@
-"""The FlashAttention family behind one name: the FA4, FA3 or FA2 package where installed, else torch's own operator.
+"""The FlashAttention family behind one name: the FA4, FA3 or FA2 package, whichever is installed and takes the device.
 
 Dao et al., arXiv 2205.14135, 2307.08691, 2407.08608. One sub-module a library; the first that takes a problem serves.
+torch's own flash operator is one of those of `sdpa`.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from collections.abc import Iterable
 
 from attrs import evolve
 
-from longspan import Capabilities, Kernel, Problem, Reason, hookimpl
-from longspan_plugins.flash import aten, fa2, fa3, fa4
+from longspan import Capabilities, Kernel, Problem, Reason, hookimpl, install_line
+from longspan_plugins.flash import fa2, fa3, fa4
 from longspan_plugins.flash.library import Library
 
-LIBRARIES: tuple[Library, ...] = (fa4.LIBRARY, fa3.LIBRARY, fa2.LIBRARY, aten.LIBRARY)
+LIBRARIES: tuple[Library, ...] = (fa4.LIBRARY, fa3.LIBRARY, fa2.LIBRARY)
 """Best first."""
 
 
@@ -37,7 +38,11 @@ def longspan_capabilities() -> Capabilities:
 
 @hookimpl
 def longspan_unsupported(problem: Problem) -> Iterable[Reason]:
-    """Masking comes before scaling in these kernels."""
+    """No package that has kernels for the device; and masking comes before scaling in these kernels."""
+    if serving(problem) is None:
+        wanted = " or ".join(library.distribution for library in LIBRARIES if library.takes(problem))
+        fix = install_line(fa2.LIBRARY.distribution, "--no-build-isolation") if fa2.LIBRARY.takes(problem) else ""
+        yield Reason("package", "flash", "not installed", f"the package {wanted}" if wanted else "an older device", fix)
     if problem.scale <= 0:
         yield Reason("scale", "scale", str(problem.scale), "a positive number", "scale the query instead")
 
@@ -46,9 +51,10 @@ def longspan_unsupported(problem: Problem) -> Iterable[Reason]:
 def longspan_kernel(problem: Problem) -> Kernel:
     """The kernel of the best library here; `serving` names it."""
     library = serving(problem)
+    assert library is not None  # a problem that none serves is refused
     return evolve(library.kernel(problem), library=f"{library.name} {library.version}")
 
 
-def serving(problem: Problem) -> Library:
-    """The library, with its version, that serves a problem."""
-    return next(library for library in LIBRARIES if library.serves(problem))
+def serving(problem: Problem) -> Library | None:
+    """The installed library that serves a problem, if there is one."""
+    return next((library for library in LIBRARIES if library.takes(problem) and library.version is not None), None)

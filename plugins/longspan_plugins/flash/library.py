@@ -37,7 +37,7 @@ class Library:
         except (ImportError, PackageNotFoundError, ValueError):
             return None
 
-    def serves(self, problem: Problem) -> bool:
-        """Whether it is installed and has kernels for the problem's device."""
-        capability = problem.device.capability or (8, 0)
-        return self.version is not None and self.majors[0] <= capability[0] <= self.majors[1]
+    def takes(self, problem: Problem) -> bool:
+        """Whether it has kernels for the problem's device, a recent one where its capability is not known."""
+        major, _ = problem.device.capability or (8, 0)
+        return self.majors[0] <= major <= self.majors[1]

@@ -14,11 +14,7 @@ import torch
 from torch import Tensor
 
 from longspan import Capabilities, Kernel, Problem, Reason, blockwise, hookimpl
-from longspan_plugins.flash import aten as aten_flash
-from longspan_plugins.sdpa import cpu
-
-aten: Any = torch.ops.aten
-Gradients = tuple[Tensor, Tensor, Tensor]
+from longspan_plugins.sdpa import cpu, cuda
 
 
 @hookimpl
@@ -75,57 +71,12 @@ def _operators(problem: Problem) -> tuple[Callable[..., Any], Callable[..., Any]
         if device == "cpu":
             return cpu.forward, cpu.backward, "aten::_scaled_dot_product_flash_attention_for_cpu"
         if device in ("cuda", "rocm") and _takes_flash(problem):
-            return aten_flash.forward, aten_flash.backward, "aten::_scaled_dot_product_flash_attention"
+            return cuda.flash_forward, cuda.flash_backward, "aten::_scaled_dot_product_flash_attention"
         if device in ("cuda", "rocm") and problem.dtype != "float64" and problem.head_dim % 8 == 0:
-            return _efficient_forward, _efficient_backward, "aten::_scaled_dot_product_efficient_attention"
+            return cuda.efficient_forward, cuda.efficient_backward, "aten::_scaled_dot_product_efficient_attention"
     return blockwise.forward, blockwise.backward, "aten::amax"
 
 
 def _takes_flash(problem: Problem) -> bool:
     recent = problem.device.type == "rocm" or problem.device.matches("cuda>=8.0")
     return recent and problem.dtype in ("float16", "bfloat16") and problem.head_dim % 8 == 0 and problem.head_dim <= 256
-
-
-# ------------------------------------------------------------------------------------------------------------ cuda
-
-
-def _efficient_forward(
-    query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    key, value = _repeated(query, key), _repeated(query, value)
-    result = aten._scaled_dot_product_efficient_attention(query, key, value, None, True, 0.0, is_causal, scale=scale)
-    return result[0], result[1][..., : query.shape[2]]  # the operator pads its rows to a multiple of 32
-
-
-def _efficient_backward(
-    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *, is_causal: bool, scale: float
-) -> Gradients:
-    rows = query.shape[2]
-    padded = lse.new_full((*lse.shape[:2], -(-rows // 32) * 32), torch.inf)
-    padded[..., :rows] = lse
-    state = torch.zeros((), dtype=torch.int64, device="cpu")  # of the dropout generator; unread without dropout
-    kv_heads = key.shape[1]
-    key, value = _repeated(query, key), _repeated(query, value)
-    dquery, dkey, dvalue, _ = aten._scaled_dot_product_efficient_attention_backward(
-        dout,
-        query,
-        key,
-        value,
-        None,
-        out,
-        padded,
-        state,
-        state,
-        0.0,
-        [True, True, True, False],
-        is_causal,
-        scale=scale,
-    )
-    return dquery, *(x if x.shape[1] == kv_heads else x.unflatten(1, (kv_heads, -1)).sum(2) for x in (dkey, dvalue))
-
-
-def _repeated(query: Tensor, tensor: Tensor) -> Tensor:
-    """Key heads as many as query heads, as the memory-efficient operator wants them."""
-    return (
-        tensor if tensor.shape[1] == query.shape[1] else tensor.repeat_interleave(query.shape[1] // tensor.shape[1], 1)
-    )
