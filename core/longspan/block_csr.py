@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -44,6 +44,7 @@ class BlockCSR:
             unsorted or given twice, tiles without a mask, partial blocks that keep nothing.
     """
 
+    is_frozen: ClassVar[bool] = True
     block_size: int
     q_len: int
     kv_len: int

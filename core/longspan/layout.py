@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from attrs import frozen
 
 __all__ = ["Call", "Heads", "Layout", "Rows"]
+
+CALL = 700
+"""Bytes that a dense call takes, about: itself, its heads, its rows and their numbers."""
 
 
 @frozen
@@ -62,10 +67,18 @@ class Layout:
     """The dense calls that together compute a pattern, in order.
 
     `covered`: the calls marked `first` write every row of every head, so that no row needs an initial value.
+    `is_frozen`: nobody may change it, so a cache gives everybody the same object.
     """
+
+    is_frozen: ClassVar[bool] = True
 
     calls: tuple[Call, ...]
     covered: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes, about."""
+        return CALL * len(self.calls)
 
     @property
     def merges(self) -> bool:

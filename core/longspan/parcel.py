@@ -2,7 +2,7 @@
 
 Who puts a layout together gets tensors of their own, so that nobody can change what somebody else was given; and one
 buffer is one transfer. Walked are attrs objects, tuples, lists and dicts; other objects are shared as they are, and so
-is a `BlockCSR`, which nobody may change.
+are those whose class says `is_frozen`, such as a `BlockCSR`: nobody may change them.
 """
 
 from __future__ import annotations
@@ -16,15 +16,10 @@ import attrs
 import torch
 from torch import Tensor
 
-from longspan.block_csr import BlockCSR
-from longspan.layout import Layout
-
 __all__ = ["ALIGNMENT", "Parcel", "weigh"]
 
 ALIGNMENT = 64
 """Bytes that each tensor's offset in its buffer is a multiple of."""
-CALL = 700
-"""Bytes that a dense call of a layout takes, about: itself, its heads, its rows and their numbers."""
 SAMPLE = 64
 """Items of a long sequence that are weighed; the others are taken to be alike."""
 
@@ -41,8 +36,6 @@ class Parcel:
         self._places: list[_Place] = []
         self.flats: dict[torch.device, Tensor] = {}
         self._node: Any = value
-        if isinstance(value, Layout):  # calls of numbers, and there may be many
-            return
         tensors: list[Tensor] = []
         self._node = _apart(value, tensors, {})
         sizes: dict[torch.device, int] = {}
@@ -126,7 +119,7 @@ class _Record(_Node):
 
 def _apart(value: Any, tensors: list[Tensor], seen: dict[int, Any]) -> Any:
     """The value itself where it may be shared, else a node."""
-    if isinstance(value, int | float | str | bytes | BlockCSR | None):
+    if isinstance(value, int | float | str | bytes | None) or getattr(type(value), "is_frozen", False) is True:
         return value
     if id(value) in seen:
         return seen[id(value)][0]
@@ -193,8 +186,6 @@ def _together(node: Any, tensors: Sequence[Tensor], made: dict[int, Any]) -> Any
 
 def weigh(value: Any) -> int:
     """Bytes that a value takes: what its `nbytes` says, else about what Python and its tensors say."""
-    if isinstance(value, Layout):
-        return CALL * len(value.calls) + 100
     size = getattr(value, "nbytes", None)
     if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
         return size + 100
