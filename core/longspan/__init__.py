@@ -13,31 +13,6 @@ with _warnings.catch_warnings():  # torch says so on import where NumPy is missi
     _warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     import torch as _torch  # noqa: F401
 
-from longspan import blockwise, compiled, containment
-from longspan.arena import ArenaStats, BufferArena
-from longspan.attention import attention
-from longspan.block_builders import (
-    bigbird,
-    dilated_blocks,
-    global_blocks,
-    global_tokens,
-    hierarchical_blocks,
-    local_blocks,
-    longformer,
-    random_blocks,
-    strided_blocks,
-)
-from longspan.block_csr import BlockCSR, HeadBlocks
-from longspan.block_layout import BlockLayout
-from longspan.block_mask import from_block_mask, layout_from, to_block_mask
-from longspan.block_sparse import BlockSparse, per_head
-from longspan.buffers import Allocator, Workspace
-from longspan.cache import PatternCache
-from longspan.cache_entry import CacheStats
-from longspan.checkpoint import checkpoint
-from longspan.defaults import buffer_arena, pattern_cache
-from longspan.discovery import registry as _registry
-from longspan.dropout import Dropout
 from longspan.errors import (
     ArgumentError,
     BackendUnavailable,
@@ -48,29 +23,51 @@ from longspan.errors import (
     PolicyError,
     UnknownBackend,
 )
-from longspan.explain import explain
-from longspan.folders import cache_folder
-from longspan.hookspecs import hookimpl
-from longspan.installing import install_line
-from longspan.layout import Layout
-from longspan.merge import merge_
-from longspan.patterns import Dense, Dilated, Pattern, SlidingWindow, parse_pattern
-from longspan.plan import Plan, plan
-from longspan.policy import use
-from longspan.spec import (
-    BackendInfo,
-    BufferSpec,
-    Capabilities,
-    Device,
-    Kernel,
-    Problem,
-    Reason,
-    Resolution,
-    Verdict,
+from longspan.lowering.blocks import BlockLayout
+from longspan.lowering.layout import Layout
+from longspan.memory import compiled
+from longspan.memory.arena import ArenaStats, BufferArena, buffer_arena
+from longspan.memory.cache import PatternCache, pattern_cache
+from longspan.memory.cache_entry import CacheStats
+from longspan.memory.folders import cache_folder
+from longspan.memory.workspace import Allocator, Workspace
+from longspan.numerics import blockwise
+from longspan.numerics import nonfinite as containment
+from longspan.numerics.dropout import Dropout
+from longspan.numerics.merge import merge_
+from longspan.patterns.blocks.builders import (
+    bigbird,
+    dilated_blocks,
+    global_blocks,
+    global_tokens,
+    hierarchical_blocks,
+    local_blocks,
+    longformer,
+    random_blocks,
+    strided_blocks,
 )
-from longspan.topk_blocks import TopKBlocks
-from longspan.topk_choice import BlockChoice
-from longspan.topk_scoring import BlockScoring
+from longspan.patterns.blocks.csr import BlockCSR, HeadBlocks
+from longspan.patterns.blocks.flex import from_block_mask, layout_from, to_block_mask
+from longspan.patterns.blocks.sparse import BlockSparse, per_head
+from longspan.patterns.dilated import Dilated
+from longspan.patterns.text import parse_pattern
+from longspan.patterns.topk.choice import BlockChoice
+from longspan.patterns.topk.pattern import TopKBlocks
+from longspan.patterns.topk.scoring import BlockScoring
+from longspan.patterns.window import SlidingWindow
+from longspan.planning.attention import attention
+from longspan.planning.checkpoint import checkpoint
+from longspan.planning.plan import Plan, plan
+from longspan.registry.discovery import registry as _registry
+from longspan.registry.explain import explain
+from longspan.registry.hookspecs import hookimpl
+from longspan.registry.policy import use
+from longspan.spec.backend import BackendInfo, BufferSpec, Capabilities, Kernel, Reason
+from longspan.spec.device import Device
+from longspan.spec.installing import install_line
+from longspan.spec.pattern import Dense, Pattern
+from longspan.spec.problem import Problem
+from longspan.spec.resolution import Resolution, Verdict
 
 if _TYPE_CHECKING:
     from longspan import testing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ __all__ = [
     "PolicyError",
     "UnknownBackend",
     "brief",
+    "check_number",
     "warn_caller",
 ]
 
@@ -105,3 +107,13 @@ def warn_caller(text: str, category: type[Warning]) -> None:
     seen = frame.f_globals.setdefault("__warningregistry__", {})  # for "once a line", as `warnings.warn` keeps it
     module = frame.f_globals.get("__name__", "<unknown>")
     warnings.warn_explicit(text, category, frame.f_code.co_filename, frame.f_lineno, module, seen)
+
+
+def check_number(name: str, value: object) -> float:
+    """`value` as a finite float, or `ArgumentError`."""
+    try:
+        if not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # an integer beyond every float
+        raise ArgumentError(name, brief(value), "a finite number", "give a number that a float can hold") from None
+    raise ArgumentError(name, brief(value), "a finite number")

@@ -183,7 +183,7 @@ def main() -> None:
             times = f"{row['old_us']:10.1f} -> {row['new_us']:.1f} us"
             print(f"{name:42} {row['ratio']:.3f} ({row['q1']:.3f} to {row['q3']:.3f}) {times}", flush=True)
     if given.json:
-        from longspan.bench.sidebyside import machine  # here: a worker of an old checkout may lack it
+        from longspan.tools.bench.sidebyside import machine  # here: a worker of an old checkout may lack it
 
         result = {"benchmark": "commits", "commits": heads, "machine": machine(), "rows": found}
         given.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
 import longspan as ls
-from longspan.bench.peaks import product_peak
-from longspan.bench.sidebyside import interleave, report, summary
+from longspan.tools.bench.peaks import product_peak
+from longspan.tools.bench.sidebyside import interleave, report, summary
 from longspan_plugins.cpu_fused import composed
 
 

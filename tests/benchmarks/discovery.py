@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from longspan.bench.sidebyside import report, summary
+from longspan.tools.bench.sidebyside import report, summary
 
 BACKEND = """
 from longspan import Capabilities, hookimpl
@@ -34,7 +34,7 @@ METADATA = "Metadata-Version: 2.1\nName: acme-{number:02}\nVersion: 1.0\n"
 ROUND = """
 import importlib.metadata, json, time
 import longspan
-from longspan.discovery import Registry
+from longspan.registry.discovery import Registry
 
 clocks = {"wall": time.perf_counter, "cpu": time.process_time}
 now = lambda: [clock() for clock in clocks.values()]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import longspan as ls
-from longspan.bench.sidebyside import interleave, report, summary
+from longspan.tools.bench.sidebyside import interleave, report, summary
 
 PATTERN = ls.Dilated((2048, 4096), (1, 2), heads="grouped")
 

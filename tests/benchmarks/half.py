@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 
 import longspan as ls
-from longspan.bench.sidebyside import interleave, report, summary
 from longspan.testing import oracle
+from longspan.tools.bench.sidebyside import interleave, report, summary
 
 
 def naive(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

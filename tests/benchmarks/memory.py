@@ -16,7 +16,7 @@ import time
 import torch
 
 import longspan as ls
-from longspan.bench.sidebyside import report
+from longspan.tools.bench.sidebyside import report
 
 PATTERN = ls.Dilated((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12))
 TOKENS = (8192, 16384, 32768, 65536)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 import longspan as ls
-from longspan.bench.sidebyside import interleave, report, summary
+from longspan.tools.bench.sidebyside import interleave, report, summary
 from longspan_plugins import sdpa
 
 

@@ -22,10 +22,10 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 import longspan as ls
-from longspan.bench.sidebyside import machine
-from longspan.dropout import Dropout
+from longspan.numerics.dropout import Dropout
 from longspan.testing import tolerance
 from longspan.testing.oracle import visible
+from longspan.tools.bench.sidebyside import machine
 
 BACKENDS = ("cpu_fused", "sdpa", "reference", "pascal_fp32", "block_sparse_batched", "torch_sparse")
 FEW = 8

@@ -20,7 +20,7 @@ import traceback
 
 import torch
 
-from longspan.cli import main
+from longspan.tools.cli import main
 
 
 def child(task: dict, ends: tuple[int, int]) -> None:

@@ -15,11 +15,10 @@ import pytest
 import torch
 
 import longspan as ls
-from longspan.arena import BufferArena
-from longspan.buffers import TorchAllocator, Workspace
-from longspan.defaults import buffer_arena
-from longspan.memory_block import GRANULE, Block
-from longspan.scratch import Scratch
+from longspan.memory.arena import BufferArena, buffer_arena
+from longspan.memory.block import GRANULE, Block
+from longspan.memory.scratch import Scratch
+from longspan.memory.workspace import TorchAllocator, Workspace
 from longspan.testing import oracle
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import longspan as ls
-from longspan.arena import BufferArena
+from longspan.memory.arena import BufferArena
 
 CPU = torch.device("cpu")
 KIB = 1024

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import longspan as ls
-from longspan import cli
-from longspan.bench import block_sparse, catalog, rivals
-from longspan.bench.long_window import LongWindow, measure_window
-from longspan.bench.rivals import Contest, against_bigbird, against_flex, against_longformer
-from longspan.bench.rows import Rows
 from longspan.errors import ArgumentError, LongspanError
+from longspan.tools import cli
+from longspan.tools.bench import baselines, block_sparse, catalog
+from longspan.tools.bench.baselines import Contest, against_bigbird, against_flex, against_longformer
+from longspan.tools.bench.long_window import LongWindow, measure_window
+from longspan.tools.bench.rows import Rows
 
 ROW = {
     "work": str,
@@ -146,11 +146,11 @@ def test_compiled_code_of_earlier_runs_is_not_found(monkeypatch):
     import os
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
-    with rivals._nothing_compiled():
+    with baselines._nothing_compiled():
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] != "mine"
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine"
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    with rivals._nothing_compiled():
+    with baselines._nothing_compiled():
         assert os.listdir(os.environ["TORCHINDUCTOR_CACHE_DIR"]) == []
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 
@@ -175,7 +175,7 @@ def test_bigbird_computes_what_we_compute():
 def test_transformers_that_is_missing_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(LongspanError, match=r"pip install 'transformers>=5'"):
-        rivals.need_transformers()
+        baselines.need_transformers()
     code, out, err = bench(capsys, "--parts", "flex,transformers")
     assert code != 0 and not out and "transformers>=5" in err
 

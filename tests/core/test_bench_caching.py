@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from longspan import cli
-from longspan.bench import cache, catalog
-from longspan.bench.sidebyside import faults, interleave, machine, ratio, resident, summary
-from longspan.bench.steps import perform
+from longspan.tools import cli
+from longspan.tools.bench import cache, catalog
+from longspan.tools.bench.sidebyside import faults, interleave, machine, ratio, resident, summary
+from longspan.tools.bench.steps import perform
 
 
 def run(capsys, *arguments):

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import longspan as ls
-from longspan.bench import kernels
-from longspan.bench.footprint import peak_bytes
-from longspan.cli import main
-from longspan.profile import forget_profiles, profile_path
+from longspan.registry.profile import forget_profiles, profile_path
+from longspan.tools.bench import kernels
+from longspan.tools.bench.footprint import peak_bytes
+from longspan.tools.cli import main
 
 
 @pytest.fixture
@@ -60,9 +60,9 @@ def test_a_footprint_is_that_of_the_call(side):
 
 def test_the_profile_command_changes_what_auto_takes(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LONGSPAN_CACHE", str(tmp_path))
-    monkeypatch.setattr("longspan.bench.peaks.SIDE", 64)
+    monkeypatch.setattr("longspan.tools.bench.peaks.SIDE", 64)
     few = [ls.Problem(batch=1, heads=2, q_len=64, head_dim=64, is_causal=True)]
-    monkeypatch.setattr("longspan.bench.profiling._problems", lambda device, quick: few)
+    monkeypatch.setattr("longspan.tools.bench.profiling._problems", lambda device, quick: few)
     forget_profiles()
     try:
         main(["bench", "--profile", "--json"])

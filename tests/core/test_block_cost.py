@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import longspan as ls
-from longspan.block_layout import BlockLayout
-from longspan.block_masked import MaskedLayout
+from longspan.lowering.blocks import BlockLayout
+from longspan.lowering.masked import MaskedLayout
 
 
 def test_the_mask_is_taken_where_blocks_would_not_pay():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import longspan as ls
-from longspan.block_tiles import Tiles
+from longspan.patterns.blocks.masks import Tiles
 
 DIAGONAL = torch.ones(4, 4, dtype=torch.bool).tril()
 OUTSIDE = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]).bool()

@@ -9,11 +9,14 @@ from hypothesis import strategies as st
 from test_block_sparse import patterns, single
 
 import longspan as ls
-from longspan import block_cost, blockwise, cache_file, planner
-from longspan.arena import BufferArena
-from longspan.block_layout import BlockLayout
-from longspan.cache import PatternCache
-from longspan.cache_entry import LayoutKey
+from longspan import blockwise
+from longspan.lowering import cost
+from longspan.lowering.blocks import BlockLayout
+from longspan.memory import cache_file
+from longspan.memory.arena import BufferArena
+from longspan.memory.cache import PatternCache
+from longspan.memory.cache_entry import LayoutKey
+from longspan.planning import planner
 from longspan.testing import oracle
 from longspan.testing.answers import Answer, dense
 from longspan.testing.judge import judge_forward, judge_gradients
@@ -42,7 +45,7 @@ BUILT = {
 @pytest.fixture(autouse=True)
 def as_blocks(monkeypatch):
     """Whatever it costs; test_block_masked.py has the other way."""
-    monkeypatch.setattr(block_cost, "model", lambda *_: None)
+    monkeypatch.setattr(cost, "model", lambda *_: None)
     planner.forget()
     yield
     planner.forget()
@@ -319,7 +322,7 @@ def test_no_default_device_gets_in_the_way():
 
 def test_many_launches_give_what_one_gives(monkeypatch):
     """Rows, heads, batch entries and keys of one row are cut where a launch would be too large."""
-    from longspan import block_schedule
+    from longspan.lowering import schedule as block_schedule
 
     tensors = qkv(n=100, heads=4, kv_heads=2, dim=8)
     for pattern in (BUILT["bigbird"], BUILT["random"], BUILT["longformer"], BUILT["local-inner"]):
@@ -336,8 +339,8 @@ def test_many_launches_give_what_one_gives(monkeypatch):
 
 
 def test_launches_are_bounded_in_bytes_and_pairs():
-    from longspan.block_schedule import PAIRS, TEMPORARY, schedule
-    from longspan.lowering import lay_blocks
+    from longspan.lowering.dense import lay_blocks
+    from longspan.lowering.schedule import PAIRS, TEMPORARY, schedule
 
     for pattern in (ls.random_blocks(0.1), ls.local_blocks(1023), ls.global_blocks(2), ls.bigbird()):
         problem = ls.Problem(batch=4, heads=8, kv_heads=4, q_len=32768, head_dim=64, pattern=pattern, is_causal=True)

@@ -10,10 +10,11 @@ from test_block_execution import BUILT, check
 from test_block_sparse import patterns
 
 import longspan as ls
-from longspan import block_cost, block_masked, planner
-from longspan.block_cost import Costs
-from longspan.block_masked import MaskedLayout, masked_layout, masked_pairs
-from longspan.lowering import lay_blocks
+from longspan.lowering import cost, masked
+from longspan.lowering.cost import Costs
+from longspan.lowering.dense import lay_blocks
+from longspan.lowering.masked import MaskedLayout, masked_layout, masked_pairs
+from longspan.planning import planner
 from small import assert_same, qkv, randn
 
 
@@ -21,11 +22,11 @@ from small import assert_same, qkv, randn
 def as_masked(monkeypatch):
     """Under a mask whatever it costs, in slabs so small that there are several."""
     monkeypatch.setattr(
-        block_cost, "model", lambda problem, layout, can: Costs(1.0, 0.0) if can.mask and layout.pairs else None
+        cost, "model", lambda problem, layout, can: Costs(1.0, 0.0) if can.mask and layout.pairs else None
     )
-    monkeypatch.setattr(block_masked, "ROWS", 24)
-    monkeypatch.setattr(block_masked, "KEYS", 16)
-    monkeypatch.setattr(block_masked, "LEASED", 100)
+    monkeypatch.setattr(masked, "ROWS", 24)
+    monkeypatch.setattr(masked, "KEYS", 16)
+    monkeypatch.setattr("longspan.execution.masked.LEASED", 100)
     planner.forget()
     yield
     planner.forget()

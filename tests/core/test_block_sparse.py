@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import longspan as ls
-from longspan.patterns import decode
+from longspan.patterns.text import decode
 
 MODERATE = settings(deadline=None, max_examples=150)
 SIZES = (4, 8)

@@ -19,13 +19,12 @@ import torch
 from fake_device import FakeMover
 
 import longspan as ls
-from longspan import cache_file
-from longspan.cache import PatternCache
-from longspan.cache_entry import LayoutKey
-from longspan.defaults import pattern_cache
-from longspan.layout import Layout
-from longspan.lowering import lower
-from longspan.parcel import Parcel
+from longspan.lowering.dense import lower
+from longspan.lowering.layout import Layout
+from longspan.memory import cache_file
+from longspan.memory.cache import PatternCache, pattern_cache
+from longspan.memory.cache_entry import LayoutKey
+from longspan.memory.flatten import Parcel
 from longspan.testing import oracle
 
 PATTERN = ls.Dilated((5, 12), (1, 2))

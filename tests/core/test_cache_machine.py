@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import longspan as ls
-from longspan.cache import PatternCache
+from longspan.memory.cache import PatternCache
 
 KEYS = st.sampled_from([f"key {n}" for n in range(8)])
 NUMBERS = st.integers(0, 200)

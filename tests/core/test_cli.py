@@ -17,8 +17,8 @@ from attrs import evolve
 
 import longspan as ls
 from longspan import blockwise
-from longspan.cli import main
-from longspan.demo import baseline
+from longspan.tools.cli import main
+from longspan.tools.demo import baseline
 
 DEVICES = ("cpu", "cuda", "sm_61", "sm_70", "sm_80", "sm_90", "gfx942", "mps")
 
@@ -300,8 +300,8 @@ def test_demo_says_that_dense_attention_was_extrapolated(cli, monkeypatch):
 
 
 def test_demo_says_which_backend_was_too_slow(cli, monkeypatch):
-    monkeypatch.setattr(sys.modules["longspan.demo.run"], "SECONDS", 0.0)
-    monkeypatch.setattr(sys.modules["longspan.demo.reach"], "PROBE_MS", 0.0)
+    monkeypatch.setattr(sys.modules["longspan.tools.demo.run"], "SECONDS", 0.0)
+    monkeypatch.setattr(sys.modules["longspan.tools.demo.reach"], "PROBE_MS", 0.0)
     code, out, _ = cli("demo", "--tokens", 2304, "--device", "cpu")
     assert code == 0 and "reference (the first 2,048); --backend reference runs all" in out
     (row,) = [line for line in out.splitlines() if line.startswith("reference  by name")]
@@ -401,7 +401,7 @@ def test_nothing_is_computed_before_bad_input_is_refused(cli, text, monkeypatch)
     def never(*_, **__):
         raise AssertionError("too early")
 
-    monkeypatch.setattr(sys.modules["longspan.demo.run"], "embed", never)
+    monkeypatch.setattr(sys.modules["longspan.tools.demo.run"], "embed", never)
     assert cli("demo", text, "--backend", "unheard-of")[0] == 2
 
 
@@ -433,7 +433,7 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("typer", "ric
 
 def test_piped_output_is_plain_and_wide_enough():
     done = python(
-        "import sys; from longspan.cli import main; main(sys.argv[1:] or ['explain', '--device', 'sm_61'])",
+        "import sys; from longspan.tools.cli import main; main(sys.argv[1:] or ['explain', '--device', 'sm_61'])",
         NO_COLOR="1",
         PYTHONIOENCODING="utf-8",
     )

@@ -23,7 +23,7 @@ from torch.export import Dim, export
 import longspan as ls
 import small
 from longspan import Capabilities, Kernel, blockwise, hookimpl
-from longspan.policy import Policy
+from longspan.registry.policy import Policy
 from small import assert_same, randn
 
 qkv = partial(small.qkv, grad=True)

@@ -14,7 +14,7 @@ import pytest
 
 import longspan as ls
 from longspan import compiled
-from longspan.doctor import examine
+from longspan.tools.doctor import examine
 from longspan_plugins.cpu_fused import library
 
 COMPILER = library.compiler()
@@ -370,7 +370,7 @@ def test_one_folder_for_all(monkeypatch):
     ):
         monkeypatch.setenv("XDG_CACHE_HOME", shared)
         assert ls.cache_folder("cpu_fused") == Path(want) / "cpu_fused"
-        assert ls.profile.profile_path("cpu") == Path(want) / "profile" / "cpu.json"
-        assert ls.quarantine.directory() == Path(want) / "quarantine"
+        assert ls.registry.profile.profile_path("cpu") == Path(want) / "profile" / "cpu.json"
+        assert ls.registry.quarantine.directory() == Path(want) / "quarantine"
     monkeypatch.setenv("LONGSPAN_CACHE", "relative")
     assert ls.cache_folder("x") == Path.cwd() / "relative" / "x"

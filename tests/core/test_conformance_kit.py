@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import longspan as ls
-from longspan.spec import DTYPES
+from longspan.spec.claims import DTYPES
 from longspan.testing import cases_for, oracle, run_case, tolerance, verify, visible
 from longspan.testing.answers import answer, dense, factors, sight
 from longspan.testing.cases import PATTERNS, cases_of
@@ -328,7 +328,7 @@ class TakesAnything(TenLines):
 
 def test_what_is_not_refused_is_caught(register, monkeypatch):
     name = register(TakesAnything(), "test-anything")
-    monkeypatch.setattr("longspan.resolve._arguments", lambda problem, can: [])
+    monkeypatch.setattr("longspan.registry.resolve._arguments", lambda problem, can: [])
     failed = verify(name, quick=True).of("failed")
     assert {outcome.case.id for outcome in failed} == {"refuse-dropout", "refuse-deterministic"}
     assert "test-anything claims no dropout, but longspan.explain says that it fits" in failed[0].message(name)
@@ -337,7 +337,7 @@ def test_what_is_not_refused_is_caught(register, monkeypatch):
 def test_a_refusal_for_another_reason_is_caught(register, monkeypatch):
     name = register(TenLines(), "test-other-reason")
     other = [ls.Reason("other", "weather", "rain")]
-    monkeypatch.setattr("longspan.resolve._arguments", lambda problem, can: other if problem.dropout_p else [])
+    monkeypatch.setattr("longspan.registry.resolve._arguments", lambda problem, can: other if problem.dropout_p else [])
     case = next(case for case in cases_for(name) if case.id == "refuse-dropout")
     assert "for weather, not for dropout_p" in run_case(name, case).message(name)
 
@@ -345,7 +345,7 @@ def test_a_refusal_for_another_reason_is_caught(register, monkeypatch):
 def test_a_refusal_of_what_is_claimed_is_caught(register, monkeypatch):
     name = register(TenLines(), "test-refused")
     no = [ls.Reason("causal", "is_causal", "True", "False")]
-    monkeypatch.setattr("longspan.resolve._arguments", lambda problem, can: no if problem.is_causal else [])
+    monkeypatch.setattr("longspan.registry.resolve._arguments", lambda problem, can: no if problem.is_causal else [])
     case = next(case for case in cases_for(name) if case.id == "cpu-float32-causal-forward")
     outcome = run_case(name, case)
     assert outcome.status == "failed" and outcome.claim.text == "causal=True"
@@ -671,7 +671,7 @@ def test_threads_and_the_generator_are_as_before(register):
 
 @pytest.fixture
 def cli(capsys, monkeypatch):
-    from longspan.cli import main
+    from longspan.tools.cli import main
 
     monkeypatch.delenv("COLUMNS", raising=False)
 

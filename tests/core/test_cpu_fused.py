@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import longspan as ls
-from longspan.lowering import lower
+from longspan.lowering.dense import lower
 from longspan.testing import oracle
 from longspan_plugins.cpu_fused import library, native
 from longspan_plugins.cpu_fused.program import Program, program_for
@@ -298,8 +298,8 @@ def test_without_a_compiler_torch_operators_serve(tmp_path, compiler, said):
 RANKED = """
 import json, sys
 import torch, longspan as ls
-from longspan.doctor import examine
-from longspan.demo.report import Report
+from longspan.tools.doctor import examine
+from longspan.tools.demo.report import Report
 query = torch.randn(1, 2, 300, 16)
 found = []
 for pattern in (ls.Dense(), ls.SlidingWindow(30), ls.Dilated((64, 128), (1, 2)), ls.local_blocks(50, block_size=32)):

@@ -15,12 +15,12 @@ from attrs import evolve
 
 import longspan as ls
 from longspan import blockwise
-from longspan.demo import PATTERN, Timing, baseline, judge, place, run
-from longspan.demo.embedding import embed
-from longspan.demo.judge import Judge, sample_rows
-from longspan.demo.meter import PeakMemory, measure, timed
-from longspan.demo.reach import START, growth, prefixes, reach
-from longspan.demo.text import read_text
+from longspan.tools.demo import PATTERN, Timing, baseline, judge, place, run
+from longspan.tools.demo.embedding import embed
+from longspan.tools.demo.judge import Judge, sample_rows
+from longspan.tools.demo.meter import PeakMemory, measure, timed
+from longspan.tools.demo.reach import START, growth, prefixes, reach
+from longspan.tools.demo.text import read_text
 
 CPU = torch.device("cpu")
 
@@ -32,7 +32,7 @@ class Backend:
         self.spoil = spoil
         self.capabilities = {
             "devices": ("cpu",),
-            "dtypes": ls.spec.DTYPES,
+            "dtypes": ls.spec.claims.DTYPES,
             "patterns": ("dense",),
             "causal": True,
             **capabilities,
@@ -222,7 +222,7 @@ def test_peak_memory_sees_what_was_freed_again_and_nothing_before_it():
 
 
 def test_memory_that_cannot_be_measured_is_not_stated(monkeypatch):
-    monkeypatch.setattr("longspan.demo.meter._reset_high_water", lambda: None)
+    monkeypatch.setattr("longspan.tools.demo.meter._reset_high_water", lambda: None)
     with PeakMemory(CPU) as memory:
         torch.ones(10)
     assert memory.mib is None
@@ -390,8 +390,8 @@ def test_the_report_grows_row_by_row_and_survives_an_interruption(text):
 
 
 def test_a_backend_that_is_too_slow_runs_on_a_prefix_and_says_so(monkeypatch):
-    monkeypatch.setattr(sys.modules["longspan.demo.run"], "SECONDS", 0.0)
-    monkeypatch.setattr(sys.modules["longspan.demo.reach"], "PROBE_MS", 0.0)
+    monkeypatch.setattr(sys.modules["longspan.tools.demo.run"], "SECONDS", 0.0)
+    monkeypatch.setattr(sys.modules["longspan.tools.demo.reach"], "PROBE_MS", 0.0)
     report = run(tokens=3000, device="cpu")
     row = rows_of(report)["reference"]
     assert (row.state, row.tokens, row.dense_extrapolated) == ("ran", START, False)

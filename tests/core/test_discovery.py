@@ -27,8 +27,9 @@ import pytest
 import torch
 
 import longspan as ls
-from longspan import Capabilities, blockwise, discovery, hookimpl
-from longspan.discovery import GROUP, Registry
+from longspan import Capabilities, blockwise, hookimpl
+from longspan.registry import discovery
+from longspan.registry.discovery import GROUP, Registry
 
 VARIABLES = ("LONGSPAN_BACKEND", "LONGSPAN_PREFER", "LONGSPAN_BLOCK", "LONGSPAN_PLUGINS", "LONGSPAN_STRICT")
 CAN = Capabilities(devices=("cpu",), dtypes=("float32", "float64"), patterns=("dense",), causal=True, gqa=True)
@@ -1198,11 +1199,11 @@ FORK = """
         thread.join()
         return os.waitstatus_to_exitcode(status)
 
-    registry = sys.modules["longspan.discovery"].registry
+    registry = sys.modules["longspan.registry.discovery"].registry
     found = {"none, before the first discovery": child_works(threading.Lock())}
     ls.backends()
     found["the registry's"] = child_works(registry._lock)
-    planner = sys.modules.get("longspan.planner")
+    planner = sys.modules.get("longspan.planning.planner")
     store = registry.lane("sdpa", "longspan_cache")(device=ls.Device("cpu"))
     for name, owner in (("the kept plans'", planner), ("the kept layouts'", store)):  # if they have one
         found[name] = child_works(getattr(owner, "_lock", threading.Lock()))
@@ -1211,7 +1212,7 @@ FORK = """
     # In the midst of discovery: one plugin is loaded, the next is being asked what it can do.
     import types
     from importlib.metadata import EntryPoint
-    discovery, parent = sys.modules["longspan.discovery"], os.getpid()
+    discovery, parent = sys.modules["longspan.registry.discovery"], os.getpid()
     asked, go_on = threading.Event(), threading.Event()
     def plugin(name, wait):
         def longspan_capabilities():

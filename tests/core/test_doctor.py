@@ -14,11 +14,13 @@ import torch
 from test_quarantine import GOOD, Starts, server, starts  # noqa: F401 - fixtures
 
 import longspan as ls
-from longspan import Capabilities, Device, Reason, quarantine
-from longspan.doctor import gpus, machine, settings, unusable
-from longspan.doctor.settings import in_environment, readable
-from longspan.installing import pip
-from longspan.spec import BackendInfo, Candidate
+from longspan import Capabilities, Device, Reason
+from longspan.registry import quarantine
+from longspan.spec.backend import BackendInfo
+from longspan.spec.installing import pip
+from longspan.spec.resolution import Candidate
+from longspan.tools.doctor import gpus, machine, settings, unusable
+from longspan.tools.doctor.settings import in_environment, readable
 
 PIP = pip()
 BUILTIN = {
@@ -536,7 +538,7 @@ def test_sixteen_threads_at_once_then_a_fork(starts):  # noqa: F811
     code = """
         import json, os, signal, threading
         from concurrent.futures import ThreadPoolExecutor
-        from longspan.doctor import examine
+        from longspan.tools.doctor import examine
         go = threading.Barrier(16)
         x = torch.ones(1, 1, 3, 4)
         def work(number):
@@ -564,7 +566,7 @@ def test_a_spawned_process_after_it(starts):  # noqa: F811
     starts.install("fine")
     code = """
         import multiprocessing
-        from longspan.doctor import examine
+        from longspan.tools.doctor import examine
         assert examine().ok
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             report = pool.apply_async(examine).get(120)

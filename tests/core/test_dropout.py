@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 import longspan as ls
 import small
-from longspan import blockwise, execution
+from longspan import blockwise
+from longspan.execution import strided as execution
 from longspan.testing.oracle import visible
 from small import randn
 

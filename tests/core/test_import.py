@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from longspan.ops import serve_dtensors
+from longspan.planning.operators import serve_dtensors
 
 PROGRAM = """
 import json, sys
@@ -31,7 +31,7 @@ def brought():
 
 def test_the_import_leaves_the_compiler_out(brought):
     """`torch._dynamo` takes longer to import than torch itself."""
-    assert "longspan.policy" in brought
+    assert "longspan.registry.policy" in brought
     assert [name for name in brought if name.startswith(("torch._dynamo", "torch._inductor", "sympy"))] == []
 
 
@@ -51,5 +51,5 @@ def test_distributed_tensors_are_served_by_a_function_that_a_tracer_runs():
 
 
 def test_the_import_leaves_the_command_line_and_the_tests_tools_out(brought):
-    heavy = {"typer", "rich", "pytest", "hypothesis", "longspan.cli", "longspan_plugins"}
+    heavy = {"typer", "rich", "pytest", "hypothesis", "longspan.tools.cli", "longspan_plugins"}
     assert heavy & set(brought) == set()

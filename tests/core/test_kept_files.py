@@ -13,9 +13,9 @@ import torch
 from test_compiled import COMPILER, evil, here, made  # noqa: F401 - fixtures
 
 import longspan as ls
-from longspan.cache import PatternCache
-from longspan.cli import main
-from longspan.profile import Measure, Profile, forget_profiles, machine_name
+from longspan.memory.cache import PatternCache
+from longspan.registry.profile import Measure, Profile, forget_profiles, machine_name
+from longspan.tools.cli import main
 
 HOW = ("planted", "damaged", "foreign")
 

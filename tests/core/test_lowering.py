@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import longspan as ls
-from longspan.layout import Layout
-from longspan.lowering import lower
+from longspan.lowering.dense import lower
+from longspan.lowering.layout import Layout
 
 MODERATE = settings(deadline=None, max_examples=100)
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longspan.merge import merge_
+from longspan.numerics.merge import merge_
 
 INF = math.inf
 

@@ -15,7 +15,7 @@ import torch
 import longspan as ls
 import small
 from longspan import Capabilities, blockwise, hookimpl
-from longspan.discovery import registry
+from longspan.registry.discovery import registry
 from longspan.testing.oracle import oracle
 from small import randn
 
@@ -173,9 +173,9 @@ def test_so_do_the_built_in_ones(backend, case):
 @pytest.mark.parametrize("case", ["dilated", "shared and dilated", "offset dilated", "documents of both"])
 def test_small_launches_change_nothing(register, monkeypatch, gqa, budget, case):
     """Every launch as small as it can be cut, over tensors whose dimensions do not fold."""
-    from longspan import execution
+    from longspan.execution import strided
 
-    monkeypatch.setattr(execution, "TEMPORARY", budget)
+    monkeypatch.setattr(strided, "TEMPORARY", budget)
     sizes, arguments = CASES[case]
     tensors = [x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in qkv(**{**sizes, "batch": 3})]
     judge(register(Picky(gqa=gqa, backward=True), "test-mine"), tensors, arguments)

@@ -13,7 +13,7 @@ import torch
 
 import longspan as ls
 from longspan import blockwise
-from longspan.policy import Policy, current, fingerprint, flag, names
+from longspan.registry.policy import Policy, current, fingerprint, flag, names
 
 VARIABLES = ("LONGSPAN_BACKEND", "LONGSPAN_PREFER", "LONGSPAN_BLOCK", "LONGSPAN_PLUGINS", "LONGSPAN_STRICT")
 A, B, C, D = "test-a", "test-b", "test-c", "test-d"

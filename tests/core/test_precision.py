@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import longspan as ls
-from longspan import execution
+from longspan.execution import strided
 from longspan.testing.oracle import oracle, visible
 from small import randn
 
@@ -239,13 +239,13 @@ def test_gradients_of_many_calls_add_up_in_float32(backend, dtype):
 
 def test_what_is_merged_is_wider_than_half(monkeypatch):
     seen = set()
-    original = execution.merge_
+    original = strided.merge_
 
     def spy(out, lse, part, part_lse):
         seen.add((out.dtype, lse.dtype))
         original(out, lse, part, part_lse)
 
-    monkeypatch.setattr(execution, "merge_", spy)
+    monkeypatch.setattr(strided, "merge_", spy)
     for dtype, name in product((*DTYPES, torch.float64), PATTERNS):
         seen.clear()
         ls.attention(*qkv(n=100, dtype=dtype, grad=False), PATTERNS[name], is_causal=True, backend="reference")
@@ -485,7 +485,7 @@ def test_boundaries_are_refused_by_name_before_any_launch(backend, name, case, m
     def launched(*_):
         raise AssertionError("launched")
 
-    monkeypatch.setattr(execution, "run_forward", launched)
+    monkeypatch.setattr(strided, "run_forward", launched)
     bounds, said = BAD_BOUNDARIES[case]
     forms = [bounds, torch.tensor(bounds, dtype=torch.int32)] if isinstance(bounds, tuple) else [bounds]
     for form in forms:

@@ -14,11 +14,8 @@ import torch
 from attrs import asdict, evolve, fields
 
 import longspan as ls
-from longspan.bench.buffers import threshold
-from longspan.bench.peaks import bandwidth, product_peak
-from longspan.bench.profiling import make_profile
-from longspan.defaults import buffer_arena
-from longspan.profile import (
+from longspan.memory.arena import buffer_arena
+from longspan.registry.profile import (
     MOST,
     VERSION,
     Measure,
@@ -30,6 +27,9 @@ from longspan.profile import (
     profile_path,
     survey,
 )
+from longspan.tools.bench.buffers import threshold
+from longspan.tools.bench.peaks import bandwidth, product_peak
+from longspan.tools.bench.profiling import make_profile
 
 
 @pytest.fixture(autouse=True)
@@ -218,7 +218,7 @@ def test_without_a_home_plans_are_made(monkeypatch):
     def nowhere(name):
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr("longspan.profile.cache_folder", nowhere)
+    monkeypatch.setattr("longspan.registry.profile.cache_folder", nowhere)
     assert ls.explain(problem()).chosen == "cpu_fused" and survey() == ()
     with pytest.raises(ls.LongspanError, match="LONGSPAN_CACHE"):
         measured(sdpa=1.0).save()
@@ -239,8 +239,8 @@ def test_a_profile_is_written_in_one_step(monkeypatch):
 
 
 def test_it_reads_back_what_was_measured(monkeypatch):
-    monkeypatch.setattr("longspan.bench.peaks.SIDE", 64)
-    monkeypatch.setattr("longspan.bench.profiling.ENOUGH", 0.01)
+    monkeypatch.setattr("longspan.tools.bench.peaks.SIDE", 64)
+    monkeypatch.setattr("longspan.tools.bench.profiling.ENOUGH", 0.01)
     made = make_profile(torch.device("cpu"), quick=True)
     made.save()
     assert current_profile("cpu") == made

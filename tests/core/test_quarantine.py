@@ -23,16 +23,16 @@ import torch
 from attrs import asdict, evolve
 
 import longspan as ls
-from longspan import quarantine
-from longspan.quarantine import Watch
+from longspan.registry import quarantine
+from longspan.registry.quarantine import Watch
 
 SERVER = """
 import gc, json, os, resource, signal, sys, traceback
 import torch
 torch.set_num_threads(1)
 import longspan as ls
-from longspan.cli import main
-assert ls.discovery.registry.generation == 0, "a start would inherit what was discovered"
+from longspan.tools.cli import main
+assert ls.registry.discovery.registry.generation == 0, "a start would inherit what was discovered"
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
 gc.freeze()

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 import longspan as ls
 from longspan import Capabilities, Device, Problem, Reason
-from longspan.discovery import registry
-from longspan.policy import Policy
-from longspan.resolve import demand, refusals, resolve
-from longspan.spec import BackendInfo, Candidate
+from longspan.registry.discovery import registry
+from longspan.registry.policy import Policy
+from longspan.registry.resolve import demand, refusals, resolve
+from longspan.spec.backend import BackendInfo
+from longspan.spec.resolution import Candidate
 
 DEVICES = ("cpu", "sm_61", "sm_70", "sm_80", "sm_90", "gfx942", "mps")
 VARIABLES = ("LONGSPAN_BACKEND", "LONGSPAN_PREFER", "LONGSPAN_BLOCK", "LONGSPAN_PLUGINS", "LONGSPAN_STRICT")

@@ -11,9 +11,9 @@ import pytest
 import torch
 from fake_device import FakeMover
 
-from longspan.bench.stress import stress
-from longspan.cache import PatternCache
 from longspan.errors import ArgumentError
+from longspan.memory.cache import PatternCache
+from longspan.tools.bench.stress import stress
 
 
 @pytest.mark.parametrize("threads", [16])

@@ -27,7 +27,7 @@ SLOW = "flex,cpu_fused"  # what is compiled first
 DEMO = ["demo", __file__, "--tokens", "600", "--device", "cpu"]
 CANNED = """
 import json
-from longspan.bench import catalog
+from longspan.tools.bench import catalog
 found = json.loads(open({path!r}).read())
 class Bench:
     HELP = "canned"
@@ -41,9 +41,9 @@ every = certificate.cases_for
 certificate.cases_for = lambda *given, **named: every(*given, **named)[::40]
 """
 WORST = """
-import longspan, longspan.doctor.report as report
+import longspan, longspan.tools.doctor.report as report
 from attrs import evolve
-from longspan.cli import doctor
+from longspan.tools.cli import doctor
 whole = doctor.examine
 error = "ImportError: /opt/acme/lib/python3.11/site-packages/acme_attention/_kernels.cpython-311-x86_64.so: " + (
     "undefined symbol: _ZN3c105ErrorC2ENS_14SourceLocationENSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEEE "
@@ -231,7 +231,7 @@ def test_the_demos_table_fits_with_every_backend(terminal, width):
 
 NOISY = """
 import os, time, warnings
-from longspan.demo.trial import Trial
+from longspan.tools.demo.trial import Trial
 run = Trial.row
 def row(self, verdict, **given):
     if verdict.ok:
@@ -257,7 +257,7 @@ def test_what_others_print_waits_until_the_table_is_there(terminal):
 
 SECOND_HANGS = """
 import time
-from longspan.demo.trial import Trial
+from longspan.tools.demo.trial import Trial
 run, turns = Trial.row, []
 def row(self, verdict, **given):
     turns.append(verdict.name) if verdict.ok else None
@@ -283,7 +283,7 @@ def test_an_interrupted_demo_prints_what_there_is(terminal, width):
 
 
 def test_an_interruption_before_there_is_anything(terminal):
-    setup = "import os\nfrom longspan.cli import demo\ndemo.run = lambda *_, **__: os.kill(os.getpid(), 2)"
+    setup = "import os\nfrom longspan.tools.cli import demo\ndemo.run = lambda *_, **__: os.kill(os.getpid(), 2)"
     answer = terminal(["demo"], 0, setup=setup)
     assert (answer["code"], answer["out"], answer["err"]) == (130, "", "error: interrupted\n")
 

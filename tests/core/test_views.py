@@ -10,9 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import longspan as ls
-from longspan.layout import Call, Heads, Rows
-from longspan.lowering import lower
-from longspan.views import blocks
+from longspan.execution.views import blocks
+from longspan.lowering.dense import lower
+from longspan.lowering.layout import Call, Heads, Rows
 
 MODERATE = settings(deadline=None, max_examples=120)
 

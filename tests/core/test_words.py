@@ -9,7 +9,7 @@ import torch
 
 import longspan as ls
 from longspan import blockwise, errors
-from longspan.contract import check_gradients, check_result
+from longspan.execution.contract import check_gradients, check_result
 
 X = torch.randn(1, 2, 16, 8, generator=torch.Generator().manual_seed(0))
 VARIABLES = ("LONGSPAN_BACKEND", "LONGSPAN_PREFER", "LONGSPAN_BLOCK", "LONGSPAN_PLUGINS", "LONGSPAN_STRICT")
@@ -166,7 +166,7 @@ def test_auto_in_a_graph(monkeypatch):
 
 
 def test_the_command_line_takes_auto(capsys):
-    from longspan.cli.app import app
+    from longspan.tools.cli.app import app
 
     app(["explain", "--shape", "1,2,64,8", "--backend", "auto"], standalone_mode=False)
     assert "decided by auto" in capsys.readouterr().out

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from longspan import installing
-from longspan.cli.app import main
+from longspan.spec import installing
+from longspan.tools.cli.app import main
 
 ROOT = Path(__file__).resolve().parents[2]
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import longspan
-from longspan import hookspecs
-from longspan.matrix import render_matrix
+from longspan.registry import hookspecs
+from longspan.tools.matrix import render_matrix
 
 ROOT = Path(__file__).resolve().parents[2]
 HOOKS = [name for name in vars(hookspecs) if name.startswith("longspan_")]

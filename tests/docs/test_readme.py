@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import longspan as ls
-from longspan.doctor.settings import READERS
 from longspan.testing import oracle as dense_oracle
+from longspan.tools.doctor.settings import READERS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -223,7 +223,7 @@ def test_pytorchs_word_of_a_missing_numpy_greets_nobody() -> None:
     code = f"import sys; sys.modules['numpy'] = None\n{first}\nls.attention(*torch.zeros(3, 1, 1, 8, 8))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    command = "import sys; sys.modules['numpy'] = None; from longspan.cli.app import main; main(['backends'])"
+    command = "import sys; sys.modules['numpy'] = None; from longspan.tools.cli.app import main; main(['backends'])"
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 

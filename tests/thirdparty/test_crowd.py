@@ -250,7 +250,7 @@ def test_json_stays_readable_while_plugins_print(shown):
 
 def test_json_stays_readable_when_a_native_library_prints(site):
     """Past sys.stdout, as C and C++ do: the file descriptor is what a pipe reads."""
-    done = site("prints_native").python("-c", "from longspan.cli import main; main()", "backends", "--json")
+    done = site("prints_native").python("-c", "from longspan.tools.cli import main; main()", "backends", "--json")
     assert done.returncode == 0
     states = {row["name"]: row["state"] for row in json.loads(done.stdout)}
     assert states["prints_native"] == "loaded"

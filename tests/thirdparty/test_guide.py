@@ -14,9 +14,9 @@ import torch
 import wheels as building
 
 import longspan as ls
-from longspan import hookspecs
-from longspan.cli.app import app
+from longspan.registry import hookspecs
 from longspan.testing import oracle
+from longspan.tools.cli.app import app
 
 DOCS = building.TEMPLATE.parents[1]
 GUIDE = (DOCS / "write_a_backend.md").read_text(encoding="utf-8")

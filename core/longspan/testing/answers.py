@@ -10,8 +10,8 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
-from longspan.dropout import Dropout
-from longspan.spec import Problem
+from longspan.numerics.dropout import Dropout
+from longspan.spec.problem import Problem
 from longspan.testing.oracle import oracle, visible
 from longspan.testing.tensors import Inputs
 

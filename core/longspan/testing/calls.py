@@ -12,7 +12,7 @@ from threading import Barrier
 import torch
 from torch import Tensor
 
-from longspan.plan import Plan
+from longspan.planning.plan import Plan
 from longspan.testing import tolerance
 from longspan.testing.guard import only_read
 from longspan.testing.outcome import Breach

@@ -7,9 +7,14 @@ from typing import Any
 
 from attrs import frozen
 
-from longspan.block_builders import bigbird, local_blocks, random_blocks
-from longspan.patterns import Dense, Dilated, Pattern, SlidingWindow
-from longspan.spec import DTYPES, Capabilities, Device, Problem
+from longspan.patterns.blocks.builders import bigbird, local_blocks, random_blocks
+from longspan.patterns.dilated import Dilated
+from longspan.patterns.window import SlidingWindow
+from longspan.spec.backend import Capabilities
+from longspan.spec.claims import DTYPES
+from longspan.spec.device import Device
+from longspan.spec.pattern import Dense, Pattern
+from longspan.spec.problem import Problem
 from longspan.testing.claims import Claim, claim_of, contract, unclaimed
 
 __all__ = ["HEAD_DIM", "LENGTH", "Case", "cases_of"]

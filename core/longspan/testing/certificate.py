@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from attrs import field, frozen
 
-from longspan.spec import BackendInfo, Device
+from longspan.spec.backend import BackendInfo
+from longspan.spec.device import Device
 from longspan.testing.kit import backend_info, cases_for, run_case
 from longspan.testing.outcome import Measure, Outcome
 from longspan.testing.places import absent, here, place

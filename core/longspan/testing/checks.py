@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from longspan.errors import BackendUnavailable
-from longspan.explain import explain
-from longspan.plan import plan
+from longspan.planning.plan import plan
+from longspan.registry.explain import explain
 from longspan.testing import tolerance
 from longspan.testing.answers import SEED, answer, sight
 from longspan.testing.calls import again, repeat, threads
 from longspan.testing.claims import claim_of
-from longspan.testing.containment import breach_of_containment
 from longspan.testing.guard import only_read
+from longspan.testing.nonfinite import breach_of_containment
 from longspan.testing.outcome import Breach
 from longspan.testing.sums import sums
 from longspan.testing.workbench import Bench, Measures

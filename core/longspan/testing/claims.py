@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from attrs import frozen
 
-from longspan.patterns import SlidingWindow
-from longspan.spec import Capabilities, Problem
+from longspan.patterns.window import SlidingWindow
+from longspan.spec.backend import Capabilities
+from longspan.spec.problem import Problem
 
 __all__ = ["Claim", "backward_of", "claim_of", "contract", "unclaimed"]
 

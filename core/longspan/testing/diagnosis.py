@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from attrs import evolve
 from torch import Tensor
 
-from longspan.spec import Capabilities, Problem
+from longspan.spec.backend import Capabilities
+from longspan.spec.problem import Problem
 from longspan.testing import tolerance
 from longspan.testing.answers import Answer, answer
 from longspan.testing.claims import Claim, claim_of, contract

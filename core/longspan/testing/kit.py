@@ -7,9 +7,10 @@ from contextlib import contextmanager
 
 import torch
 
-from longspan.discovery import registry
 from longspan.errors import UnknownBackend
-from longspan.spec import BackendInfo, Problem
+from longspan.registry.discovery import registry
+from longspan.spec.backend import BackendInfo
+from longspan.spec.problem import Problem
 from longspan.testing.cases import Case, cases_of
 from longspan.testing.checks import CHECKS
 from longspan.testing.claims import Claim

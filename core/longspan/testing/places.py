@@ -7,8 +7,9 @@ import re
 import torch
 
 from longspan.errors import ArgumentError
-from longspan.explain import present
-from longspan.spec import Capabilities, Device
+from longspan.registry.explain import present
+from longspan.spec.backend import Capabilities
+from longspan.spec.device import Device
 
 __all__ = ["absent", "here", "place"]
 

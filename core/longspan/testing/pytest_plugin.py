@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from longspan.discovery import registry
 from longspan.errors import BackendUnavailable, LongspanError
-from longspan.policy import use
-from longspan.spec import Resolution
+from longspan.registry.discovery import registry
+from longspan.registry.policy import use
+from longspan.spec.resolution import Resolution
 from longspan.testing.kit import backend_info
 
 __all__ = ["chosen_backend"]

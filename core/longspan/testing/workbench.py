@@ -6,10 +6,13 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from longspan.explain import explain
-from longspan.plan import Plan, plan
-from longspan.resolve import refusals
-from longspan.spec import BackendInfo, Candidate, Capabilities, Device, Problem
+from longspan.planning.plan import Plan, plan
+from longspan.registry.explain import explain
+from longspan.registry.resolve import refusals
+from longspan.spec.backend import BackendInfo, Capabilities
+from longspan.spec.device import Device
+from longspan.spec.problem import Problem
+from longspan.spec.resolution import Candidate
 from longspan.testing.answers import Answer, known_answer
 from longspan.testing.cases import Case
 from longspan.testing.claims import backward_of, contract

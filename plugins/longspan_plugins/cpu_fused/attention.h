@@ -42,7 +42,7 @@ typedef struct {
                               are 0 on entry, and the strides of batch and key head */
     int64_t run;           /* tiles whose sums are added up apart before they join those; 0: each joins them itself */
     int64_t dout_at[3], dlse_at[3], dquery_at[3];
-    /* Dropout: null `lines` for none. Numbers as in longspan.dropout. */
+    /* Dropout: null `lines` for none. Numbers as in longspan.numerics.dropout. */
     const int64_t *lines, *query_positions, *key_positions;
     int64_t lines_at[2], query_positions_at[3], key_positions_at[3];
     int64_t seed;

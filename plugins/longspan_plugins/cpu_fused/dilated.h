@@ -9,7 +9,7 @@ typedef struct {
 } Branch;
 
 typedef struct {
-    int64_t query_start, key_start, first, queries, keys; /* one document, as in longspan.strips.Span */
+    int64_t query_start, key_start, first, queries, keys; /* one document, as in longspan.lowering.segments.Span */
 } Document;
 
 typedef struct {

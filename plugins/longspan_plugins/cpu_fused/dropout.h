@@ -1,4 +1,4 @@
-/* Dropout keyed by position: the same numbers as longspan.dropout, drawn where they are needed. */
+/* Dropout keyed by position: the same numbers as longspan.numerics.dropout, drawn where they are needed. */
 #pragma once
 #include "tiles.h"
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longspan import containment
-from longspan.containment import is_finite
+from longspan.numerics.nonfinite import is_finite
 
 __all__ = ["backward", "forward"]
 

@@ -12,10 +12,10 @@ import traceback
 import torch
 
 import longspan
-from longspan.cli import main
+from longspan.tools.cli import main
 
 torch.set_num_threads(1)
-assert longspan.discovery.registry.generation == 0, "a fork would inherit what was discovered"
+assert longspan.registry.discovery.registry.generation == 0, "a fork would inherit what was discovered"
 
 
 def child(run, folder):

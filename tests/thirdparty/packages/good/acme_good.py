@@ -1,7 +1,7 @@
 """Dense attention in plain torch, ten lines; longspan makes dilated, windowed and packed attention of it."""
 
 from longspan import Capabilities, hookimpl
-from longspan.blockwise import taint
+from longspan.numerics.blockwise import taint
 
 
 @hookimpl

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longspan import Kernel
-from longspan.blockwise import taint
+from longspan.numerics.blockwise import taint
 
 
 def make_kernel(*, is_causal: bool, scale: float) -> Kernel:

@@ -1,0 +1,167 @@
+"""What a plan runs for `TopKBlocks`: a choice, then the block-sparse problem that it poses, made anew at every call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspan.execution.autograd import Differentiable, Runner, no_graph
+from longspan.execution.topk_gradient import Scored, biases
+from longspan.numerics.dropout import Draw
+from longspan.numerics.tensors import wide_dtype
+from longspan.patterns.blocks.sparse import ChosenBlocks
+from longspan.patterns.topk.choice import Part, layouts_of
+from longspan.patterns.topk.pattern import TopKBlocks, chosen_for, scorings
+from longspan.patterns.topk.stand_in import stand_in
+from longspan.spec.problem import Problem
+
+__all__ = ["ChoosingRunner", "NothingKept"]
+
+Tensors = tuple[Tensor, Tensor, Tensor]
+
+
+class NothingKept:
+    """A store of layouts that keeps none: those of a content's choice do not come again."""
+
+    def get(self, key: Any) -> None:
+        """Nothing."""
+
+    def put(self, key: Any, layout: Any) -> None:
+        """Nothing."""
+
+
+class ChoosingRunner(Runner):
+    """Chooses blocks for given tensors and runs them as a block-sparse problem, in which batch entries are heads.
+
+    `make` makes the runner of such a problem. One runner is made at once, for a choice that costs as much, so that a
+    backend that cannot run any says so when the plan is made.
+    """
+
+    quick = None
+
+    def __init__(self, problem: Problem, make: Callable[[Problem], Any]) -> None:
+        assert isinstance(problem.pattern, TopKBlocks)
+        self._problem, self._pattern, self._make = problem, problem.pattern, make
+        example = make(stand_in(problem))
+        self.operators: tuple[str, ...] = example.operators
+        self.libraries: tuple[str, ...] = example.libraries
+        self.own_backward: bool = example.own_backward
+        counts = [scoring.columns for _, scoring in scorings(problem)]
+        most = max(counts, default=0)
+        self.layout = f"{min(problem.pattern.k, most)} of {most} key blocks a row, chosen at every call"
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:
+        """`(out, lse)`, recorded by autograd where that is on."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._pattern.scorer_gradient != "none"):
+            parts = chosen_for(self._problem, query, key)
+        if self._problem.documents is None and parts:
+            return self._unfolded(self._attend(parts[0], self._folded(query, key, value), draw))
+        outs: list[Tensor] = []
+        lses: list[Tensor] = []
+        for part in parts:
+            rows = slice(part.start, part.start + part.scoring.q_len)
+            tensors = self._folded(query[:, :, rows], key[:, :, rows], value[:, :, rows])
+            out, lse = self._unfolded(self._attend(part, tensors, draw))
+            outs, lses = [*outs, out], [*lses, lse]
+        rest = query.shape[2] - sum(part.scoring.q_len for part in parts)  # queries in no document
+        if rest:
+            outs.append(query.new_zeros(*query.shape[:2], rest, query.shape[3]))
+            wide = wide_dtype(query.dtype)
+            lses.append(torch.full((*query.shape[:2], rest), -torch.inf, dtype=wide, device=query.device))
+        if not outs:
+            outs.append(query.new_zeros(query.shape))
+            lses.append(query.new_zeros(query.shape[:3], dtype=wide_dtype(query.dtype)))
+        if not parts:  # nothing was computed: sums of no numbers give autograd the gradients, which are 0
+            nothing = sum(x[:, :, :0].sum() for x in (query, key, value))
+            outs, lses = [out + nothing for out in outs], [lse + nothing for lse in lses]
+        return torch.cat(outs, 2), torch.cat(lses, 2)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:
+        """`(out, lse)` without gradient."""
+        with torch.no_grad():
+            return self.attend(query, key, value, draw)
+
+    def backward(
+        self,
+        dout: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        draw: Draw | None,
+        dlse: Tensor | None,
+    ) -> Tensors:
+        """`(dquery, dkey, dvalue)` for the choice that these tensors lead to again; a scorer gets no gradient."""
+        tensors = (query, key, value)
+        grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in tensors]
+        with torch.no_grad():
+            for part in chosen_for(self._problem, query, key):
+                queries = slice(part.start, part.start + part.scoring.q_len)
+                keys = slice(part.start, part.start + part.scoring.kv_len)
+                folded = self._folded(query[:, :, queries], key[:, :, keys], value[:, :, keys])
+                do, o = (_fold(x[:, :, queries]) for x in (dout, out))
+                row_lse, row_dlse = (None if x is None else _fold(x[:, :, queries]) for x in (lse, dlse))
+                runner = self._make(self._posed(part, part.layouts))
+                found = runner.backward(do, *folded, o, row_lse, draw, row_dlse)
+                for total, rows, one in zip(grads, (queries, keys, keys), found, strict=True):
+                    total[:, :, rows] = one.view(total[:, :, rows].shape)
+        return grads[0], grads[1], grads[2]
+
+    def _attend(self, part: Part, tensors: Tensors, draw: Draw | None) -> tuple[Tensor, Tensor]:
+        mode = self._pattern.scorer_gradient
+        records = torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, part.scores))
+        if mode == "soft" or (mode == "straight_through" and records and part.scores.requires_grad):
+            columns, there = part.rounds()
+            bias = biases(part.scores, columns, there, part.scoring)
+            joint = self._make(self._posed(part, part.layouts)) if mode == "straight_through" else None
+            scored: Any = Scored.apply
+            out, lse = scored(*tensors, bias, joint, lambda: self._rounds(part, columns, there), draw)
+            return out, lse
+        runner = self._make(self._posed(part, part.layouts))
+        if records:
+            apply: Any = Differentiable.apply
+            out, lse = apply(*tensors, runner, draw, no_graph)
+            return out, lse
+        result: tuple[Tensor, Tensor] = runner.forward(*tensors, draw)
+        return result
+
+    def _rounds(self, part: Part, columns: Tensor, there: Tensor) -> Sequence[Runner]:
+        """A runner for the first kept block of every row, one for the second, and so on."""
+        made = []
+        for number in range(columns.shape[-1]):
+            at = slice(number, number + 1)
+            one = torch.zeros_like(part.chosen).scatter_(-1, columns[..., at], there[..., at])
+            made.append(self._make(self._posed(part, layouts_of(one, part.scoring))))
+        return made
+
+    def _posed(self, part: Part, layouts: Sequence[Any]) -> Problem:
+        """The block-sparse problem of these layouts, one for each head of each batch entry."""
+        problem, scoring = self._problem, part.scoring
+        return problem.replace(
+            pattern=ChosenBlocks(scoring.block_size, layouts),
+            batch=1,
+            heads=problem.batch * problem.heads,
+            kv_heads=problem.batch * problem.kv_heads,
+            q_len=scoring.q_len,
+            kv_len=scoring.kv_len,
+            is_causal=False,  # the layouts are
+            documents=None,
+        )
+
+    def _folded(self, *tensors: Tensor) -> Tensors:
+        query, key, value = (_fold(x) for x in tensors)
+        return query, key, value
+
+    def _unfolded(self, result: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        out, lse = result
+        shape = self._problem.batch, self._problem.heads, out.shape[2]
+        return out.view(*shape, out.shape[3]), lse.view(shape)
+
+
+def _fold(tensor: Tensor) -> Tensor:
+    """Batch entries as heads of one: a view where strides allow it."""
+    return tensor if tensor.shape[0] == 1 else tensor.reshape(1, -1, *tensor.shape[2:])

@@ -1,0 +1,91 @@
+"""From a rule to its blocks, in time and memory that grow with what its parts list, never with the grid."""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import torch
+
+from longspan.patterns.blocks.grid import Grid
+from longspan.patterns.blocks.masks import Tiles
+from longspan.patterns.blocks.rules import And, Local, Not, Or, Rule
+from longspan.patterns.blocks.sets import Band, BlockSet, complement, everything, intersect, listed
+
+__all__ = ["evaluate"]
+
+
+def evaluate(rule: Rule, grid: Grid, tiles: Tiles) -> BlockSet:
+    """The blocks that a rule without heads keeps on a grid, listed, in O(what is listed of its parts)."""
+    if not grid.rows or not grid.columns:
+        return BlockSet(
+            torch.empty(0, dtype=torch.int64, device="cpu"), torch.empty(0, dtype=torch.int64, device="cpu")
+        )
+    found = _evaluate(rule, False, grid, tiles)
+    return everything(grid, complement(found), tiles) if found.absent else found
+
+
+def _evaluate(rule: Rule, flipped: bool, grid: Grid, tiles: Tiles) -> BlockSet:
+    """A rule's blocks, or with `flipped` those of its complement."""
+    while isinstance(rule, Not):
+        rule, flipped = rule.rule, not flipped
+    if isinstance(rule, And):
+        found = _meet([(part, False) for part in rule.rules], grid, tiles)
+    elif isinstance(rule, Or):  # a | b is ~(~a & ~b)
+        found = complement(_meet([(part, True) for part in rule.rules], grid, tiles))
+    elif rule.unit is None or rule.unit == grid.block_size:
+        found = rule.blocks(grid, tiles)
+    else:
+        found = _refined(rule, grid, tiles)
+    return complement(found) if flipped else found
+
+
+def _meet(parts: list[tuple[Rule, bool]], grid: Grid, tiles: Tiles) -> BlockSet:
+    """The blocks of all parts (flipped where so marked). Bands are not listed where something smaller is met."""
+    within: Band | None = None
+    outside: list[Band] = []
+    sets: list[BlockSet] = []
+    while parts:
+        rule, flipped = parts.pop()
+        if isinstance(rule, Not):
+            parts.append((rule.rule, not flipped))
+        elif isinstance(rule, Or if flipped else And):
+            parts.extend((part, flipped) for part in rule.rules)
+        elif isinstance(rule, Local) and not flipped:
+            band = Band(rule.left, rule.right)
+            within = band if within is None else within.meet(band)
+        elif isinstance(rule, Local):
+            outside.append(Band(rule.left, rule.right))
+        else:
+            sets.append(_evaluate(rule, flipped, grid, tiles))
+    if within is not None and all(one.absent for one in sets):
+        sets.append(within.blocks(grid, tiles))
+        within = None
+    if all(one.absent for one in sets):
+        sets += [complement(band.blocks(grid, tiles)) for band in outside]
+        outside = []
+    sets.sort(key=lambda one: (one.absent, len(one.keys)))
+    found = reduce(lambda a, b: intersect(a, b, tiles), sets)
+    if within is not None:
+        found = listed(found.keys, tiles.meet(found.states, within.at(grid, tiles, found.keys)))
+    for band in outside:
+        found = listed(found.keys, tiles.without(found.states, band.at(grid, tiles, found.keys)))
+    return found
+
+
+def _refined(rule: Rule, grid: Grid, tiles: Tiles) -> BlockSet:
+    """The blocks of a rule whose blocks are larger than the grid's, cut up."""
+    assert rule.unit is not None
+    size, times = grid.block_size, rule.unit // grid.block_size
+    coarse, coarse_tiles = grid.scaled(rule.unit), Tiles(rule.unit)
+    found = rule.blocks(coarse, coarse_tiles)
+    fine = [torch.zeros(1, times, times, dtype=torch.int64, device="cpu")]
+    for part in torch.split(coarse_tiles.masks, coarse_tiles.chunk):
+        cut = part.view(-1, times, size, times, size).transpose(2, 3).reshape(-1, size, size)
+        fine.append(tiles.add(cut).view(-1, times, times))
+    step = torch.arange(times, dtype=torch.int64, device="cpu")
+    row = (found.keys // coarse.columns + coarse.first_row) * times - grid.first_row
+    rows = row[:, None, None] + step[:, None]
+    columns = (found.keys % coarse.columns * times)[:, None, None] + step[None, :]
+    there = (rows >= 0) & (rows < grid.rows) & (columns < grid.columns)
+    keys, order = (rows * grid.columns + columns)[there].sort()
+    return listed(keys, torch.cat(fine)[found.states][there][order])

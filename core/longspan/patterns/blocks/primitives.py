@@ -1,0 +1,217 @@
+"""The rules that compositions are made of: global rows and columns, and blocks at chosen distances."""
+
+from __future__ import annotations
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from longspan.patterns.blocks.grid import Grid
+from longspan.patterns.blocks.masks import FULL, Tiles
+from longspan.patterns.blocks.rules import Rule
+from longspan.patterns.blocks.sets import BlockSet, check_count, listed, unite
+
+__all__ = ["Dilation", "GlobalBlocks", "GlobalTokens", "Hierarchy", "Strides", "suffix"]
+
+
+def suffix(unit: int, block_size: int) -> str:
+    """`@unit` where a rule's blocks are not those of its pattern."""
+    return "" if unit == block_size else f"@{unit}"
+
+
+def _from_start(numbers: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """Numbers that may count from the end, as numbers from the start, ascending."""
+    return tuple(sorted({number + count if number < 0 else number for number in numbers}))
+
+
+def _lines(grid: Grid, tiles: Tiles, numbers: Tensor, states: Tensor) -> BlockSet:
+    """Whole block rows and the block columns of the same numbers; `states` is `(2, n)`: of a row and of a column."""
+    row = (numbers >= grid.first_row) & (numbers < grid.first_row + grid.rows)
+    column = (numbers >= 0) & (numbers < grid.columns)
+    check_count(int(row.sum()) * grid.columns + int(column.sum()) * grid.rows)
+    starts = (numbers[row] - grid.first_row) * grid.columns
+    across = (starts[:, None] + torch.arange(grid.columns, dtype=torch.int64, device="cpu")).flatten()
+    down = (
+        torch.arange(grid.rows, dtype=torch.int64, device="cpu")[:, None] * grid.columns + numbers[column]
+    ).flatten()
+    rows = BlockSet(across, states[0, row].repeat_interleave(grid.columns))
+    return unite(rows, BlockSet(down, states[1, column].repeat(grid.rows)), tiles)
+
+
+@frozen(slots=False, init=False)
+class GlobalBlocks(Rule):
+    """Blocks that see everything and that everything sees. Negative numbers count from the last block of keys."""
+
+    numbers: tuple[int, ...]
+    unit: int
+
+    def __init__(self, numbers: tuple[int, ...], unit: int) -> None:
+        self.__dict__.update(numbers=numbers, unit=unit)
+
+    def text(self, block_size: int) -> str:
+        """`global:0,-1`."""
+        return "global:" + ",".join([str(one) for one in self.numbers]) + suffix(self.unit, block_size)
+
+    def allowed(self, query: Tensor, key: Tensor, head: int, kv_len: int) -> Tensor:
+        """Either end lies in a global block."""
+        last = (kv_len - 1) // self.unit
+        kept = (query < 0) & (key < 0)
+        for number in self.numbers:
+            block = number if number >= 0 else last + 1 + number
+            kept = kept | (query // self.unit == block) | (key // self.unit == block)
+        return kept
+
+    def blocks(self, grid: Grid, tiles: Tiles) -> BlockSet:
+        """All full."""
+        numbers = torch.tensor(_from_start(self.numbers, grid.columns), dtype=torch.int64, device="cpu")
+        return _lines(grid, tiles, numbers, torch.zeros(2, len(numbers), dtype=torch.int64, device="cpu"))
+
+
+@frozen(slots=False, init=False)
+class GlobalTokens(Rule):
+    """Tokens that see everything and that everything sees. Negative positions count from the last key."""
+
+    positions: tuple[int, ...]
+
+    def __init__(self, positions: tuple[int, ...]) -> None:
+        self.__dict__["positions"] = positions
+
+    def text(self, block_size: int) -> str:
+        """`tokens:0,-1`."""
+        return "tokens:" + ",".join([str(one) for one in self.positions])
+
+    def allowed(self, query: Tensor, key: Tensor, head: int, kv_len: int) -> Tensor:
+        """Either end is a global token."""
+        kept = (query < 0) & (key < 0)
+        for position in self.positions:
+            token = position if position >= 0 else kv_len + position
+            kept = kept | (query == token) | (key == token)
+        return kept
+
+    def blocks(self, grid: Grid, tiles: Tiles) -> BlockSet:
+        """Partial wherever a block holds a global token and others."""
+        size = grid.block_size
+        positions = torch.tensor(
+            [p for p in _from_start(self.positions, grid.kv_len) if p >= 0], dtype=torch.int64, device="cpu"
+        )
+        numbers, place = torch.unique_consecutive(positions // size, return_inverse=True)
+        marks = torch.zeros(len(numbers), size, dtype=torch.bool, device="cpu")
+        marks[place, positions % size] = True
+        states = [torch.zeros(2, 0, dtype=torch.int64, device="cpu")]
+        for part in torch.split(marks, tiles.chunk):
+            down = tiles.add(part[:, :, None].expand(-1, -1, size))
+            states.append(torch.stack([down, tiles.add(part[:, None, :].expand(-1, size, -1))]))
+        return _lines(grid, tiles, numbers, torch.cat(states, 1))
+
+
+class _Distances(Rule):
+    """Base of the rules that keep whole blocks by the distance `row - column`, in blocks."""
+
+    unit: int
+
+    def distances(self, low: int, high: int) -> Tensor:
+        """The kept distances from `low` to `high`, ascending, int64."""
+        raise NotImplementedError
+
+    def blocks(self, grid: Grid, tiles: Tiles) -> BlockSet:
+        """All full."""
+        rows = grid.row_numbers()
+        kept = self.distances(grid.first_row - grid.columns + 1, grid.first_row + grid.rows - 1).flip(0)
+        check_count(len(rows) * len(kept))
+        columns = rows[:, None] - kept
+        keys = columns + ((rows - grid.first_row) * grid.columns)[:, None]
+        keys = keys[(columns >= 0) & (columns < grid.columns)]
+        return listed(keys, torch.full_like(keys, FULL))
+
+
+@frozen(slots=False, init=False)
+class Strides(_Distances):
+    """Every `stride`-th block, counted from the query's own."""
+
+    stride: int
+    unit: int
+
+    def __init__(self, stride: int, unit: int) -> None:
+        self.__dict__.update(stride=stride, unit=unit)
+
+    def text(self, block_size: int) -> str:
+        """`strided:stride`."""
+        return f"strided:{self.stride}" + suffix(self.unit, block_size)
+
+    def allowed(self, query: Tensor, key: Tensor, head: int, kv_len: int) -> Tensor:
+        """The distance is a multiple of the stride."""
+        return (query // self.unit - key // self.unit) % self.stride == 0
+
+    def distances(self, low: int, high: int) -> Tensor:
+        """Multiples."""
+        first = -(-low // self.stride)
+        return torch.arange(first, max(first, high // self.stride + 1), dtype=torch.int64, device="cpu") * self.stride
+
+
+@frozen(slots=False, init=False)
+class Dilation(_Distances):
+    """The query's own block, and on either side `reach` blocks at distances `rate`, `2 * rate`, ..."""
+
+    reach: int
+    rate: int
+    unit: int
+
+    def __init__(self, reach: int, rate: int, unit: int) -> None:
+        self.__dict__.update(reach=reach, rate=rate, unit=unit)
+
+    def text(self, block_size: int) -> str:
+        """`dilated:reach,rate`."""
+        return f"dilated:{self.reach},{self.rate}" + suffix(self.unit, block_size)
+
+    def allowed(self, query: Tensor, key: Tensor, head: int, kv_len: int) -> Tensor:
+        """The distance is a multiple of the rate and not too far."""
+        apart = (query // self.unit - key // self.unit).abs()
+        return (apart % self.rate == 0) & (apart <= self.reach * self.rate)
+
+    def distances(self, low: int, high: int) -> Tensor:
+        """Multiples within reach."""
+        first, last = max(-self.reach, -(-low // self.rate)), min(self.reach, high // self.rate)
+        return torch.arange(first, max(first, last + 1), dtype=torch.int64, device="cpu") * self.rate
+
+
+@frozen(slots=False, init=False)
+class Hierarchy(_Distances):
+    """Fine near, coarse far: every block nearer than `near` blocks, then every 2nd, every 4th, ...
+
+    A step holds from a distance to twice that distance, and doubles there.
+    """
+
+    near: int
+    unit: int
+
+    def __init__(self, near: int, unit: int) -> None:
+        self.__dict__.update(near=near, unit=unit)
+
+    def text(self, block_size: int) -> str:
+        """`hierarchical:near`."""
+        return f"hierarchical:{self.near}" + suffix(self.unit, block_size)
+
+    def allowed(self, query: Tensor, key: Tensor, head: int, kv_len: int) -> Tensor:
+        """The distance is a multiple of the step that its level has."""
+        apart = (query // self.unit - key // self.unit).abs()
+        kept = apart < self.near
+        step, start = 2, self.near
+        while start <= int(apart.max() if apart.numel() else 0):
+            kept = kept | ((apart >= start) & (apart < 2 * start) & (apart % step == 0))
+            step, start = 2 * step, 2 * start
+        return kept
+
+    def distances(self, low: int, high: int) -> Tensor:
+        """Level by level, to either side."""
+        furthest = max(abs(low), abs(high))
+        found = [torch.arange(min(self.near, furthest + 1), dtype=torch.int64, device="cpu")]
+        step, start = 2, self.near
+        while start <= furthest:
+            first = -(-start // step) * step
+            found.append(
+                torch.arange(first, max(first, min(2 * start, furthest + 1)), step, dtype=torch.int64, device="cpu")
+            )
+            step, start = 2 * step, 2 * start
+        ahead = torch.cat(found)
+        both = torch.cat([-ahead[1:].flip(0), ahead])
+        return both[(both >= low) & (both <= high)]

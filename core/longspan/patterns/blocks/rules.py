@@ -1,0 +1,257 @@
+"""Rules: which pairs of tokens or blocks a block-sparse pattern keeps, before any length is known, and their algebra.
+
+A rule says it twice. `blocks` lists the kept blocks, fast and in O(non-zeros); `allowed` is the plain predicate on
+positions that oracles use. The two share no code, and the tests hold them against each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import reduce
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from longspan.errors import ArgumentError
+from longspan.patterns.blocks.grid import Grid
+from longspan.patterns.blocks.masks import Tiles
+from longspan.patterns.blocks.sets import Band, BlockSet
+
+__all__ = ["And", "Local", "Not", "Or", "PerHead", "Rule"]
+
+
+class Rule:
+    """Base of all rules: frozen, hashable values, composed with `|`, `&` and `~`.
+
+    `unit` is the block size that a rule's blocks have, None for a rule that counts tokens. Rules write their own
+    `__init__` into `__dict__`, as patterns do, so that torch.compile can trace it.
+    """
+
+    unit: int | None = None
+
+    @property
+    def heads(self) -> int | None:
+        """How many heads the rule is for; None: any number."""
+        return None
+
+    @property
+    def units(self) -> frozenset[int]:
+        """The block sizes that the rule's parts have."""
+        return frozenset() if self.unit is None else frozenset((self.unit,))
+
+    def at(self, head: int) -> Rule:
+        """The rule of one head."""
+        return self
+
+    def text(self, block_size: int) -> str:
+        """The rule as text, in a pattern of this block size."""
+        raise NotImplementedError
+
+    def allowed(self, query: Tensor, key: Tensor, head: int, kv_len: int) -> Tensor:
+        """Which pairs are kept: `(q, k)` bool for positions `(q, 1)` and `(1, k)`, int64."""
+        raise NotImplementedError
+
+    def blocks(self, grid: Grid, tiles: Tiles) -> BlockSet:
+        """The kept blocks on a grid of this rule's unit, or of any block size for a rule that counts tokens."""
+        raise NotImplementedError
+
+    def __or__(self, other: Rule) -> Rule:
+        return Or(*_flat(Or, self, other))
+
+    def __and__(self, other: Rule) -> Rule:
+        return And(*_flat(And, self, other))
+
+    def __invert__(self) -> Rule:
+        return self.complement()
+
+    def complement(self) -> Rule:
+        """`~rule`."""
+        return self.rule if isinstance(self, Not) else Not(self)
+
+
+def _flat(kind: type[Or] | type[And], *rules: Rule) -> Iterator[Rule]:
+    for rule in rules:
+        if isinstance(rule, kind):
+            yield from rule.rules
+        else:
+            yield rule
+
+
+def _common_heads(rules: Sequence[Rule]) -> int | None:
+    found = None
+    for rule in rules:
+        if rule.heads is not None and found is not None and rule.heads != found:
+            got = f"parts for {found} and for {rule.heads} heads"
+            raise ArgumentError("layout", got, "as many heads in every part that has its own layout for each head")
+        found = rule.heads if found is None else found
+    return found
+
+
+@frozen(slots=False, init=False)
+class Or(Rule):
+    """The pairs that some of the rules keep."""
+
+    rules: tuple[Rule, ...]
+
+    def __init__(self, *rules: Rule) -> None:
+        _common_heads(rules)
+        self.__dict__["rules"] = rules
+
+    @property
+    def heads(self) -> int | None:
+        """As the parts."""
+        return _common_heads(self.rules)
+
+    @property
+    def units(self) -> frozenset[int]:
+        """Those of the parts."""
+        return frozenset().union(*[rule.units for rule in self.rules])
+
+    def at(self, head: int) -> Rule:
+        """The union of the head's rules."""
+        return self if self.heads is None else Or(*[rule.at(head) for rule in self.rules])
+
+    def text(self, block_size: int) -> str:
+        """`a|b`."""
+        return "|".join([rule.text(block_size) for rule in self.rules])
+
+    def allowed(self, query: Tensor, key: Tensor, head: int, kv_len: int) -> Tensor:
+        """Any."""
+        return reduce(torch.logical_or, [rule.allowed(query, key, head, kv_len) for rule in self.rules])
+
+
+@frozen(slots=False, init=False)
+class And(Rule):
+    """The pairs that all of the rules keep."""
+
+    rules: tuple[Rule, ...]
+
+    def __init__(self, *rules: Rule) -> None:
+        _common_heads(rules)
+        self.__dict__["rules"] = rules
+
+    @property
+    def heads(self) -> int | None:
+        """As the parts."""
+        return _common_heads(self.rules)
+
+    @property
+    def units(self) -> frozenset[int]:
+        """Those of the parts."""
+        return frozenset().union(*[rule.units for rule in self.rules])
+
+    def at(self, head: int) -> Rule:
+        """The intersection of the head's rules."""
+        return self if self.heads is None else And(*[rule.at(head) for rule in self.rules])
+
+    def text(self, block_size: int) -> str:
+        """`a&b`, unions in brackets."""
+        return "&".join([_bracketed(rule, Or, block_size) for rule in self.rules])
+
+    def allowed(self, query: Tensor, key: Tensor, head: int, kv_len: int) -> Tensor:
+        """All."""
+        return reduce(torch.logical_and, [rule.allowed(query, key, head, kv_len) for rule in self.rules])
+
+
+@frozen(slots=False, init=False)
+class Not(Rule):
+    """The pairs that a rule does not keep."""
+
+    rule: Rule
+
+    def __init__(self, rule: Rule) -> None:
+        self.__dict__["rule"] = rule
+
+    @property
+    def heads(self) -> int | None:
+        """As the rule."""
+        return self.rule.heads
+
+    @property
+    def units(self) -> frozenset[int]:
+        """As the rule."""
+        return self.rule.units
+
+    def at(self, head: int) -> Rule:
+        """The complement of the head's rule."""
+        return Not(self.rule.at(head))
+
+    def text(self, block_size: int) -> str:
+        """`~a`, compositions in brackets."""
+        return "~" + _bracketed(self.rule, (Or, And), block_size)
+
+    def allowed(self, query: Tensor, key: Tensor, head: int, kv_len: int) -> Tensor:
+        """Not."""
+        return ~self.rule.allowed(query, key, head, kv_len)
+
+
+def _bracketed(rule: Rule, kinds: type[Rule] | tuple[type[Rule], ...], block_size: int) -> str:
+    return f"({rule.text(block_size)})" if isinstance(rule, kinds) else rule.text(block_size)
+
+
+@frozen(slots=False, init=False)
+class PerHead(Rule):
+    """A rule for each head."""
+
+    rules: tuple[Rule, ...]
+
+    def __init__(self, *rules: Rule) -> None:
+        if not rules:
+            raise ArgumentError("layout", "no layout for any head", "a layout for each head", "give at least one")
+        for rule in rules:
+            if rule.heads is not None:
+                raise ArgumentError("layout", "heads within heads", "one layout for each head", "flatten the list")
+        self.__dict__["rules"] = rules
+
+    @property
+    def heads(self) -> int | None:
+        """As many as there are rules."""
+        return len(self.rules)
+
+    @property
+    def units(self) -> frozenset[int]:
+        """Those of the parts."""
+        return frozenset().union(*[rule.units for rule in self.rules])
+
+    def at(self, head: int) -> Rule:
+        """The head's own."""
+        return self.rules[head]
+
+    def text(self, block_size: int) -> str:
+        """`heads(a;b)`."""
+        return "heads(" + ";".join([rule.text(block_size) for rule in self.rules]) + ")"
+
+    def allowed(self, query: Tensor, key: Tensor, head: int, kv_len: int) -> Tensor:
+        """The head's own."""
+        return self.rules[head].allowed(query, key, head, kv_len)
+
+
+@frozen(slots=False, init=False)
+class Local(Rule):
+    """Query `i` sees keys `i - left` to `i + right`, in tokens; None: no bound on that side."""
+
+    left: int | None
+    right: int | None
+
+    def __init__(self, left: int | None, right: int | None) -> None:
+        self.__dict__.update(left=left, right=right)
+
+    def text(self, block_size: int) -> str:
+        """`local:left,right`; `causal` and `all` where there is no bound."""
+        if self.left is None and self.right is None:
+            return "all"
+        if self.left is None and self.right == 0:
+            return "causal"
+        return "local:" + ",".join(["*" if end is None else str(end) for end in (self.left, self.right)])
+
+    def allowed(self, query: Tensor, key: Tensor, head: int, kv_len: int) -> Tensor:
+        """By the distance."""
+        kept = (key >= 0) & (query >= 0)
+        if self.left is not None:
+            kept = kept & (key >= query - self.left)
+        return kept if self.right is None else kept & (key <= query + self.right)
+
+    def blocks(self, grid: Grid, tiles: Tiles) -> BlockSet:
+        """A band."""
+        return Band(self.left, self.right).blocks(grid, tiles)

@@ -1,0 +1,1 @@
+"""`TopKBlocks`: how blocks are scored and chosen from what queries and keys hold."""

@@ -1,0 +1,174 @@
+"""The choice of the best key blocks: for every batch entry, head and query block, as masks and as CSR layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from longspan.numerics.tensors import wide_dtype
+from longspan.patterns.blocks.csr import BlockCSR
+from longspan.patterns.blocks.grid import on_cpu
+from longspan.patterns.blocks.masks import FULL, Tiles
+from longspan.patterns.topk.mass import estimated_mass, measured_mass
+from longspan.patterns.topk.scoring import BlockScoring
+
+if TYPE_CHECKING:
+    from longspan.spec.problem import Problem
+
+__all__ = ["BlockChoice", "Part", "best", "layouts_of"]
+
+
+def best(scores: Tensor, scoring: BlockScoring, k: int) -> Tensor:
+    """The `k` best candidates of each row, or all of them where there are fewer; of equal scores the first.
+
+    Under causality the row's own block is always among them.
+
+    Args:
+        scores: `(batch, heads, query blocks, key blocks)`, finite for candidates.
+        scoring: the blocks.
+        k: how many.
+
+    Returns:
+        The same shape, bool.
+    """
+    candidates = scoring.candidates(scores.device)
+    scores = scores.masked_fill(~candidates, -torch.inf)
+    if scoring.is_causal:
+        row = torch.arange(scoring.rows, device=scores.device, dtype=torch.int64)
+        own = row + scoring.grid.first_row
+        there = own < scoring.columns  # queries may lie beyond the last key
+        scores[:, :, row[there], own[there]] = torch.inf
+    least = scores.topk(k, dim=-1).values[..., -1:]
+    chosen = (scores >= least) & candidates
+    if bool((chosen.sum(-1) > k).any()):  # which of equal scores are among the best may not be left to chance
+        above = chosen & (scores > least)
+        equal = chosen & (scores == least)
+        chosen = above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
+    return chosen
+
+
+@on_cpu
+def layouts_of(chosen: Tensor, scoring: BlockScoring) -> tuple[BlockCSR, ...]:
+    """The layouts of every head of every batch entry, entry by entry; causal where the scoring is.
+
+    Args:
+        chosen: `(batch, heads, query blocks, key blocks)` bool.
+        scoring: the blocks.
+    """
+    grid = scoring.grid
+    with torch.inference_mode(False), torch.no_grad():  # they outlive the mode that a call happens to be made in
+        flat = chosen.flatten(0, 1).flatten(1)
+        line, keys = flat.nonzero(as_tuple=True)
+        counts, keys = torch.bincount(line, minlength=len(flat)).tolist(), keys.cpu()
+        tiles = Tiles(grid.block_size)
+        states = torch.full_like(keys, FULL)
+        if scoring.is_causal:
+            triangle = torch.ones(1, grid.block_size, grid.block_size, dtype=torch.bool, device="cpu").tril_()
+            own = keys // grid.columns + grid.first_row == keys % grid.columns
+            states = torch.where(own, tiles.add(triangle), FULL)
+        parts = zip(torch.split(keys, counts), torch.split(states, counts), strict=True)
+        return tuple(BlockCSR.of(grid, mine, state, tiles) for mine, state in parts)
+
+
+@frozen(slots=False, eq=False, repr=False)
+class Part:
+    """The choice for one document, whose first token has the index `start`."""
+
+    start: int
+    scoring: BlockScoring
+    scores: Tensor
+    chosen: Tensor
+
+    @cached_property
+    def layouts(self) -> tuple[BlockCSR, ...]:
+        """The layouts of every head of every batch entry, entry by entry."""
+        return layouts_of(self.chosen, self.scoring)
+
+    def dense(self) -> Tensor:
+        """`(batch, heads, q_len, kv_len)` bool."""
+        scoring = self.scoring
+        position = torch.arange(scoring.q_len, device=self.chosen.device, dtype=torch.int64) + scoring.query_offset
+        column = torch.arange(scoring.kv_len, device=self.chosen.device, dtype=torch.int64)
+        row = position // scoring.block_size - scoring.grid.first_row
+        kept = self.chosen[:, :, row][..., column // scoring.block_size]
+        return kept & (column <= position[:, None]) if scoring.is_causal else kept
+
+    def rounds(self) -> tuple[Tensor, Tensor]:
+        """The chosen blocks one by one: columns `(batch, heads, query blocks, most)`, and which of them are there."""
+        counts = self.chosen.sum(-1, keepdim=True)
+        most = int(counts.max()) if self.chosen.numel() else 0
+        columns = self.chosen.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[..., :most]
+        return columns, torch.arange(most, device=columns.device, dtype=torch.int64) < counts
+
+
+@frozen(eq=False, repr=False)
+class BlockChoice:
+    """Which key blocks a `TopKBlocks` pattern keeps for given queries and keys; `TopKBlocks.choose` makes it.
+
+    Args:
+        problem: what is to be computed.
+        query: `(batch, heads, q_len, head_dim)`.
+        key: `(batch, kv_heads, kv_len, head_dim)`.
+        parts: the choice for each document (for the whole sequence where none are packed).
+    """
+
+    problem: Problem
+    query: Tensor
+    key: Tensor
+    parts: tuple[Part, ...]
+
+    def csr(self, entry: int, head: int, document: int = 0) -> BlockCSR:
+        """The layout of one head of one batch entry, causal where the problem is."""
+        return self.parts[document].layouts[entry * self.problem.heads + head]
+
+    def to_dense(self) -> Tensor:
+        """`(batch, heads, q_len, kv_len)` bool, True where a query sees a key. For oracles and small lengths."""
+        kept = torch.zeros(*self.query.shape[:3], self.key.shape[2], dtype=torch.bool, device=self.query.device)
+        for part in self.parts:
+            queries = slice(part.start, part.start + part.scoring.q_len)
+            keys = slice(part.start, part.start + part.scoring.kv_len)
+            kept[:, :, queries, keys] = part.dense()
+        return kept
+
+    def mass(self, *, exact: bool = False) -> Tensor:
+        """The share of dense attention's softmax mass that the chosen blocks keep: its mean over queries.
+
+        Args:
+            exact: False takes the block scores for the logarithm of a block's mean `exp` of token scores, which costs
+                nothing. It leans upwards, since the scores that it adds up are those that the choice preferred, and
+                says little of a scorer that was not made to mean that. True computes `exp(lse_kept -
+                lse_dense)` for every query: all products of queries and keys, in memory that grows with the length.
+
+        Returns:
+            `(batch, heads)` from 0 to 1, float32 (float64 for float64). Queries outside all documents do not count.
+        """
+
+        def share(part: Part) -> Tensor:
+            if not exact:
+                return estimated_mass(part.scores, part.chosen, part.scoring)
+            at = slice(part.start, part.start + part.scoring.q_len)
+            there = slice(part.start, part.start + part.scoring.kv_len)
+            query, key = self.query[:, :, at], self.key[:, :, there]
+            return measured_mass(query, key, part.chosen, part.scoring).mean(-1)
+
+        return self._mean(share)
+
+    def _mean(self, share: Callable[[Part], Tensor]) -> Tensor:
+        tokens = sum(part.scoring.q_len for part in self.parts)
+        if not tokens:
+            return torch.ones(self.query.shape[:2], device=self.query.device, dtype=wide_dtype(self.query.dtype))
+        with torch.no_grad():
+            return torch.stack([share(part) * (part.scoring.q_len / tokens) for part in self.parts]).sum(0)
+
+    def __repr__(self) -> str:
+        kept = sum(int(part.chosen.sum()) for part in self.parts)
+        every = sum(part.chosen.numel() for part in self.parts)
+        return (
+            f"<BlockChoice {self.problem.pattern.spec}: {kept:,} of {every:,} blocks over {self.problem.batch} batch "
+            f"entries and {self.problem.heads} heads>"
+        )

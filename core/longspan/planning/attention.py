@@ -1,0 +1,152 @@
+"""`longspan.attention`: what a model calls."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from longspan.errors import ArgumentError, brief
+from longspan.execution.ordinary import undisturbed
+from longspan.planning.autocast import follow_autocast
+from longspan.planning.operators import attend_in_graph
+from longspan.planning.planner import plan_for
+from longspan.registry import policy
+from longspan.registry.policy import with_backend
+from longspan.spec.foreign import unknown_argument
+from longspan.spec.pattern import Dense, Pattern
+
+__all__ = ["attention"]
+
+_DENSE = Dense()
+_ARGUMENTS = (
+    "pattern",
+    "is_causal",
+    "scale",
+    "dropout_p",
+    "enable_gqa",
+    "cu_seqlens",
+    "query_offset",
+    "dropout_seed",
+    "backend",
+    "return_lse",
+)
+"""The arguments beside the tensors."""
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern | None = ...,
+    *,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    dropout_p: float = ...,
+    enable_gqa: bool = ...,
+    cu_seqlens: Tensor | tuple[int, ...] | None = ...,
+    query_offset: int | None = ...,
+    dropout_seed: int | None = ...,
+    backend: str | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern | None = ...,
+    *,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    dropout_p: float = ...,
+    enable_gqa: bool = ...,
+    cu_seqlens: Tensor | tuple[int, ...] | None = ...,
+    query_offset: int | None = ...,
+    dropout_seed: int | None = ...,
+    backend: str | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern | None = _DENSE,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    enable_gqa: bool = False,
+    cu_seqlens: Tensor | tuple[int, ...] | None = None,
+    query_offset: int | None = None,
+    dropout_seed: int | None = None,
+    backend: str | None = None,
+    return_lse: bool = False,
+    **foreign: object,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention with any pattern, by whichever backend fits.
+
+    Args:
+        query: `(batch, heads, q_len, head_dim)`, any strides, floating.
+        key: `(batch, kv_heads, kv_len, head_dim)`.
+        value: the shape of `key`.
+        pattern: which keys a query may see: `Dense()`, `Dilated(...)`, `SlidingWindow(...)`, `BlockSparse(...)`,
+            `TopKBlocks(...)`.
+        is_causal: only keys whose position is at most the query's.
+        scale: factor on the scores; 1/sqrt(head_dim) unless given.
+        dropout_p: probability of dropping a weight.
+        enable_gqa: allow fewer key heads than query heads; head `h` reads key head `h // (heads // kv_heads)`.
+        cu_seqlens: boundaries of packed documents, `(0, end_1, ...)`; every pattern restarts at each. Tokens after the
+            last boundary are padding: they belong to no document, and have out 0 and lse -inf.
+        query_offset: position of the first query, for `q_len != kv_len`.
+        dropout_seed: which pairs to drop: the same seed drops the same (head, query, key) whatever the backend. Drawn
+            from torch's default generator unless given.
+        backend: exactly this backend; an error where it does not fit. None or "auto": the policy in force, then auto.
+        return_lse: also return the log-sum-exp of the scaled scores.
+        foreign: nothing; other arguments are refused, with longspan's word for them.
+
+    Returns:
+        `out` of query's shape and dtype; with `return_lse` `(out, lse)`, lse `(batch, heads, q_len)`, natural log,
+        float32 (float64 for float64 inputs). A query that may attend to nothing has out 0 and lse -inf.
+
+    Raises:
+        ArgumentError: an argument that nothing could honour, or one that there is not (a `TypeError` too): the message
+            has longspan's word for what other libraries call it.
+        BackendUnavailable: the named backend does not fit, or none does; the message holds the reasons.
+        UnknownBackend: a name nobody registered.
+    """
+    if foreign:
+        raise unknown_argument("attention()", foreign, _ARGUMENTS)
+    if pattern is None:
+        pattern = _DENSE
+    if return_lse is not True and return_lse is not False:
+        raise ArgumentError("return_lse", brief(return_lse), "True or False")
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        query, key, value = follow_autocast(query, key, value)
+    if not undisturbed(query, key, value):
+        out, lse = attend_in_graph(
+            query,
+            key,
+            value,
+            dropout_seed,
+            pattern,
+            is_causal,
+            scale,
+            dropout_p,
+            enable_gqa,
+            cu_seqlens,
+            query_offset,
+            with_backend(backend, policy.text),
+        )
+    else:
+        made = plan_for(
+            query, key, value, pattern, is_causal, scale, dropout_p, enable_gqa, cu_seqlens, query_offset, backend
+        )
+        out, lse = made.run(query, key, value, dropout_seed)
+    return (out, lse) if return_lse else out

@@ -1,0 +1,267 @@
+"""A plan: a resolved problem with its kernels made, ready to run as a bare callable."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Never
+
+import torch
+from torch import Tensor
+
+from longspan.errors import ArgumentError
+from longspan.execution.autograd import Differentiable, no_graph
+from longspan.execution.contract import note_kernel
+from longspan.execution.ordinary import undisturbed, undisturbed_gradient
+from longspan.execution.shortage import give_back, once_more, spared
+from longspan.execution.topk import ChoosingRunner
+from longspan.memory.cache import LayoutStore
+from longspan.numerics.dropout import Draw, check_seed, draw_seed
+from longspan.numerics.tensors import wide_dtype
+from longspan.planning.autocast import follow_autocast
+from longspan.planning.operators import Operands, attend_in_graph, differentiate_in_graph
+from longspan.planning.runners import make_runner
+from longspan.planning.verification import Verification, observe
+from longspan.registry.explain import check_problem, explain
+from longspan.registry.policy import Policy
+from longspan.registry.resolve import demand
+from longspan.spec.backend import Forward
+from longspan.spec.problem import Problem
+from longspan.spec.resolution import Resolution
+
+__all__ = ["Plan", "plan"]
+
+
+def plan(
+    problem: Problem,
+    backend: str | None = None,
+    *rest: Never,
+    pattern_cache: LayoutStore | None = None,
+    **foreign: Never,
+) -> Plan:
+    """Choose a backend for the problem and make its kernels.
+
+    Args:
+        problem: what is to be computed.
+        backend: exactly this backend; where it is None or "auto", the policy in force decides.
+        rest: nothing; more than two arguments are refused.
+        pattern_cache: where to keep the layout: a `PatternCache` of a module's own, say; the shared one unless given.
+        foreign: nothing; other arguments are refused, with where longspan has them.
+
+    Raises:
+        BackendUnavailable: the named backend does not fit, or none does; the message holds the reasons.
+        UnknownBackend: a name nobody registered.
+        ArgumentError: tensors in place of a problem.
+    """
+    check_problem("plan", problem, rest, foreign, ("backend", "pattern_cache"))
+    resolution = explain(problem, backend=backend)
+    return Plan(problem, resolution, demand(resolution), pattern_cache)
+
+
+class Plan:
+    """Computes one problem with one backend: `out, lse = plan(query, key, value)`.
+
+    `problem`, `resolution`, `backend` and `layout` say what, why, by whom and how. Calling it runs no hook and reads no
+    policy. It pickles as its problem and the backend's name.
+    """
+
+    def __init__(
+        self, problem: Problem, resolution: Resolution, backend: str, pattern_cache: LayoutStore | None = None
+    ) -> None:
+        self.problem = problem
+        self.resolution = resolution
+        self.backend = backend
+        self._query_shape = torch.Size((problem.batch, problem.heads, problem.q_len, problem.head_dim))
+        self._key_shape = torch.Size((problem.batch, problem.kv_heads, problem.kv_len, problem.head_dim))
+        self._dtype: torch.dtype = getattr(torch, problem.dtype)
+        self._device = "cuda" if problem.device.type == "rocm" else problem.device.type
+        self._usual_device = torch.device(self._device)  # comparing it is cheaper than reading a type
+        self._policy = Policy(backend, "argument").text
+        self._runner = make_runner(problem, backend, pattern_cache)
+        self._dropout_p = problem.dropout_p
+        self._quick: Forward | None = None  # the bare kernel, once its first result was checked
+        self.layout = self._runner.layout
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, *, dropout_seed: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention and its log-sum-exp.
+
+        Args:
+            query: `(batch, heads, q_len, head_dim)` as in the problem, any strides.
+            key: `(batch, kv_heads, kv_len, head_dim)`.
+            value: the shape of `key`.
+            dropout_seed: which pairs to drop, for a problem with dropout; drawn from torch's generator unless given.
+
+        Returns:
+            `out` of query's shape and dtype, `lse` `(batch, heads, q_len)`, natural log, float32 or float64.
+
+        Raises:
+            ArgumentError: a tensor is not what the plan was made for.
+        """
+        try:
+            device = query.device
+            right = (
+                query.shape == self._query_shape
+                and key.shape == self._key_shape
+                and value.shape == self._key_shape
+                and query.dtype is key.dtype is value.dtype is self._dtype
+                and (device == self._usual_device or device.type == self._device)
+                and key.device == device
+                and value.device == device
+            )
+        except AttributeError:  # no tensor
+            right = False
+        if not right:
+            query, key, value = self._check(*follow_autocast(query, key, value))
+        if not undisturbed(query, key, value):
+            return attend_in_graph(query, key, value, dropout_seed, *self._operands())
+        return self.run(query, key, value, dropout_seed)
+
+    def run(self, query: Tensor, key: Tensor, value: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
+        """What a call does after its checks, for callers that have made them."""
+        draw = None
+        if seed is not None:
+            check_seed(seed)
+        if self._dropout_p:
+            draw = Draw(self._dropout_p, draw_seed() if seed is None else seed, self.problem.query_offset)
+        try:
+            return self._run(query, key, value, draw)
+        except Exception as error:
+            if not (freed := give_back(error)):
+                raise
+        return once_more(partial(self._run, query, key, value, draw), freed)
+
+    def _run(self, query: Tensor, key: Tensor, value: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:
+        if isinstance(self._runner, ChoosingRunner):  # autograd follows it inside: a scorer may have a gradient
+            return self._runner.attend(query, key, value, draw)
+        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+            apply: Any = Differentiable.apply
+            out, lse = apply(query, key, value, self._runner, draw, self._differentiate_in_graph)
+            return out, lse
+        if (
+            self._quick is not None
+            and (query.is_contiguous() or query.stride(3) == 1)  # the first is cheaper to ask
+            and (key.is_contiguous() or key.stride(3) == 1)
+            and (value.is_contiguous() or value.stride(3) == 1)
+        ):
+            try:
+                return self._quick(query, key, value)
+            except Exception as error:
+                note_kernel(error, self.backend)
+                raise
+        result = self._runner.forward(query, key, value, draw)
+        self._quick = self._runner.quick
+        return result
+
+    def backward(
+        self,
+        dout: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        dlse: Tensor | None = None,
+        seed: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients `(dquery, dkey, dvalue)`, for callers that keep what the forward gave them.
+
+        Args:
+            dout: the gradient with respect to `out`, of its shape and dtype.
+            query: as the forward took it, and so are `key` and `value`.
+            key: see `query`.
+            value: see `query`.
+            out: what the forward returned, or that of a softmax over more keys.
+            lse: see `out`; float32, or float64 for float64 inputs.
+            dlse: the gradient with respect to `lse`, of its shape and dtype, if there is any.
+            seed: the forward's dropout seed.
+
+        Raises:
+            ArgumentError: a tensor is not what the plan was made for.
+        """
+        check_seed(seed)
+        self._check(query, key, value)
+        self._check_results(dout, query, out, lse, dlse)
+        draw = Draw(self.problem.dropout_p, seed, self.problem.query_offset) if self.problem.dropout_p else None
+        if not (undisturbed(query, key, value) and undisturbed_gradient(dout, dlse, out)):
+            in_graph = no_graph if isinstance(self._runner, ChoosingRunner) else self._differentiate_in_graph
+            return in_graph(draw, dout, dlse, query, key, value, out, lse)
+        return spared(partial(self._runner.backward, dout, query, key, value, out, lse, draw, dlse))
+
+    def _differentiate_in_graph(self, draw: Draw | None, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The backward by its operator."""
+        return differentiate_in_graph(tensors, 0 if draw is None else draw.seed, *self._operands())
+
+    def _operands(self) -> Operands:
+        """What the operators are told of the problem and of the backend."""
+        problem = self.problem
+        return (
+            problem.pattern,
+            problem.is_causal,
+            problem.scale,
+            problem.dropout_p,
+            problem.kv_heads != problem.heads,
+            problem.documents,
+            problem.query_offset,
+            self._policy,
+        )
+
+    def verify(self) -> Verification:
+        """Run once on random inputs under the profiler, and compare the operators that ran with those claimed.
+
+        `print(plan.verify())` says which operator served; `.ok` is False where another one did.
+        """
+        device = torch.device(self._device, self.problem.device.index or 0) if self._device != "cpu" else "cpu"
+        shapes = (self._query_shape, self._key_shape, self._key_shape)
+        tensors = [torch.randn(shape, device=device, dtype=torch.float32).to(self._dtype) for shape in shapes]
+        with torch.no_grad():
+            return observe(self.backend, self._runner.operators, lambda: self(*tensors))
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """Which libraries, with their versions, serve the kernels, as far as the backend says."""
+        return self._runner.libraries
+
+    @property
+    def own_backward(self) -> bool:
+        """Whether the backend's kernels bring a backward of their own; else the core's blockwise backward serves."""
+        return self._runner.own_backward
+
+    def _check(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(tensor, Tensor):
+                raise ArgumentError(name, type(tensor).__name__, "a torch.Tensor", f"torch.as_tensor({name})")
+            shape = self._query_shape if name == "query" else self._key_shape
+            got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, {tensor.layout}"
+            want = f"{tuple(shape)} {self._dtype} on {self._device}, torch.strided, as planned"
+            here = tensor.device.type == self._device and tensor.device == query.device
+            here = here and tensor.layout is torch.strided
+            if tensor.shape != shape or tensor.dtype is not self._dtype or not here:
+                raise ArgumentError(name, got, want, "make a plan for these tensors with Problem.like")
+        return query, key, value
+
+    def _check_results(self, dout: Tensor, query: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> None:
+        """Refuse what the forward of these queries cannot have returned, and gradients of something else."""
+        device, wide = query.device, wide_dtype(self._dtype)
+        for name, tensor, shape, dtype in (
+            ("dout", dout, self._query_shape, self._dtype),
+            ("out", out, self._query_shape, self._dtype),
+            ("lse", lse, self._query_shape[:3], wide),
+            ("dlse", dlse, self._query_shape[:3], wide),
+        ):
+            if tensor is None and name == "dlse":
+                continue
+            if not isinstance(tensor, Tensor):
+                raise ArgumentError(name, type(tensor).__name__, "a torch.Tensor", f"torch.as_tensor({name})")
+            dense = tensor.layout is torch.strided
+            if tensor.shape != shape or tensor.dtype is not dtype or tensor.device != device or not dense:
+                got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, {tensor.layout}"
+                want = f"{tuple(shape)} {dtype} on {device}, torch.strided, as the forward's"
+                raise ArgumentError(name, got, want, "pass what this plan's forward returned, and gradients like it")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return plan, (self.problem, self.backend)
+
+    def __repr__(self) -> str:
+        return f"Plan({self.problem}: {self.backend}, {self.layout})"

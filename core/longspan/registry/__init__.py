@@ -1,0 +1,1 @@
+"""Who is there, what the user wants, who is chosen and why."""

@@ -1,0 +1,148 @@
+"""Importing one plugin, and checking it in full before its hooks are added: what is refused leaves nothing behind."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from contextlib import nullcontext
+from difflib import get_close_matches
+from typing import Any
+
+import pluggy
+from attrs import evolve
+
+from longspan.errors import PluginError
+from longspan.registry import hookspecs
+from longspan.registry.entries import BUILTIN, Entry
+from longspan.registry.quarantine import Watch
+from longspan.spec.backend import BackendInfo, Capabilities
+
+__all__ = ["Hooks", "Loader", "add_backend", "add_extension", "capabilities_of"]
+
+HOOKS = tuple(hook for hook in vars(hookspecs) if hook.startswith("longspan_"))
+
+
+class Hooks(pluggy.PluginManager):
+    """A plugin manager that has the hook specifications."""
+
+    def __init__(self) -> None:
+        super().__init__(hookspecs.PROJECT)
+        self.add_hookspecs(hookspecs)
+
+    def parse_hookimpl_opts(self, plugin: Any, name: str) -> pluggy.HookimplOpts | None:
+        """As pluggy; most of what a module holds is no function, and pluggy looks at each through `inspect`."""
+        if inspect.ismodule(plugin) and name in vars(plugin) and not inspect.isroutine(vars(plugin)[name]):
+            return None
+        return super().parse_hookimpl_opts(plugin, name)
+
+
+class Loader:
+    """Imports entry points into a plugin manager, for the time of one discovery."""
+
+    def __init__(self, manager: Hooks) -> None:
+        self._manager, self._watch, self._contract = manager, Watch(), _Contract()
+
+    def load(self, entry: Entry) -> BackendInfo:
+        """Import one entry point, and say what became of it. Our own modules crash nothing and are not watched."""
+        row, start = entry.row(), time.perf_counter()
+        watched = row.distribution not in ("", BUILTIN)
+        if watched and (crash := self._watch.crash(row.name, row.distribution, row.version)):
+            return evolve(row, state="broken", error=str(crash))
+        try:
+            with self._watch.importing(row.name, row.distribution, row.version) if watched else nullcontext():
+                row = self._add(entry.point.load(), row)
+        except _Incompatible as error:
+            row = evolve(row, state="incompatible", error=str(error))
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a plugin does on import, the others go on
+            row = evolve(row, state="broken", error=f"{type(error).__name__}: {error}")
+        return evolve(row, import_ms=round(1e3 * (time.perf_counter() - start), 3))
+
+    def _add(self, plugin: Any, row: BackendInfo) -> BackendInfo:
+        return add_backend(self._manager, plugin, evolve(row, state="loaded"), self._contract)
+
+    def close(self) -> None:
+        """Nothing more is imported."""
+        self._watch.close()
+
+
+class _Contract:
+    """The hook specifications in a scratch manager, in which plugins are tried one after the other."""
+
+    def __init__(self) -> None:
+        self._scratch: Hooks | None = None
+
+    def check(self, plugin: Any, name: str) -> None:
+        scratch, self._scratch = self._scratch or Hooks(), None  # one that saw a refusal is not used again
+        try:
+            scratch.register(plugin, name)
+            scratch.check_pending()
+        except pluggy.PluginValidationError as error:
+            words = str(error).replace("'", " ").replace("(", " ").split()
+            near = [match for word in words for match in get_close_matches(word, HOOKS, n=1) if word not in HOOKS]
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise PluginError(f"{error}.{hint} Next: use one of {', '.join(HOOKS)}") from error
+        if not scratch.get_hookcallers(plugin):
+            raise PluginError(
+                f"{type(plugin).__name__} implements no hook. Next: mark functions with longspan.hookimpl"
+            )
+        scratch.unregister(name=name)
+        self._scratch = scratch
+
+
+class _Incompatible(PluginError):
+    """The plugin was written for another version of the hook contract."""
+
+
+def add_backend(manager: Hooks, plugin: Any, row: BackendInfo, contract: _Contract | None = None) -> BackendInfo:
+    """Check a backend in full, and only then add it to the manager; the row with what it says of itself.
+
+    Raises:
+        PluginError: it does not keep the hook contract.
+    """
+    if not hasattr(plugin, "longspan_capabilities"):
+        raise PluginError("no longspan_capabilities hook. Next: see the ten-line backend in the README")
+    if inspect.isclass(plugin):
+        raise PluginError(f"{plugin.__name__} is a class. Next: pass an object of it")
+    can = capabilities_of(plugin)
+    if can.api != hookspecs.API:
+        raise _Incompatible(f"written for api={can.api}, this longspan has api={hookspecs.API}. Next: update either")
+    row = evolve(row, description=_summary(plugin), capabilities=can, opt_in=row.opt_in or can.opt_in)
+    add_extension(manager, plugin, row.name, contract)
+    return row
+
+
+def capabilities_of(plugin: Any) -> Capabilities:
+    """What a plugin declares.
+
+    Raises:
+        PluginError: its hook raises, or returns something else.
+    """
+    try:
+        can = plugin.longspan_capabilities()
+    except Exception as error:
+        raise PluginError(f"longspan_capabilities: {type(error).__name__}: {error}. Next: mend the plugin") from error
+    if not isinstance(can, Capabilities):
+        raise PluginError(
+            f"longspan_capabilities() returned {type(can).__name__}. Next: return a longspan.Capabilities"
+        )
+    return can
+
+
+def add_extension(manager: Hooks, plugin: Any, name: str, contract: _Contract | None = None) -> None:
+    """Check a plugin's hooks, and only then add them to the manager.
+
+    Raises:
+        PluginError: one is none of ours, or there is none.
+    """
+    try:
+        hash(plugin)
+    except TypeError as error:
+        raise PluginError(f"{type(plugin).__name__} has no hash. Next: compare its objects by identity") from error
+    if other := manager.get_name(plugin):
+        raise PluginError(f"this plugin is registered as {other!r} already. Next: pass another object")
+    (contract or _Contract()).check(plugin, name)
+    manager.register(plugin, name)
+
+
+def _summary(plugin: object) -> str:
+    return next(iter((getattr(plugin, "__doc__", None) or "").strip().splitlines()), "")

@@ -1,0 +1,1 @@
+"""Values that all the rest speaks of: problems, devices, patterns as such, backends and the choice among them."""

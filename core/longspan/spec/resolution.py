@@ -1,0 +1,88 @@
+"""`Resolution`: who was chosen for a problem, and what was held against each of the others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from attrs import asdict, field, frozen
+
+from longspan.spec.backend import BackendInfo, Reason
+from longspan.spec.problem import Problem
+
+__all__ = ["Candidate", "Resolution", "Verdict"]
+
+
+def _no_reasons(problem: Problem) -> Iterable[Reason]:
+    return ()
+
+
+@frozen
+class Candidate:
+    """What the resolver knows of one backend."""
+
+    info: BackendInfo
+    unsupported: Callable[[Problem], Iterable[Reason]] = field(default=_no_reasons, repr=False, eq=False)
+
+    @property
+    def name(self) -> str:
+        """The backend's name."""
+        return self.info.name
+
+
+@frozen
+class Verdict:
+    """One candidate, weighed: `ok` says that it can serve the problem; `reasons` say why not, or why not by auto."""
+
+    name: str
+    ok: bool
+    reasons: tuple[Reason, ...] = ()
+
+
+@frozen
+class Resolution:
+    """Who was chosen for a problem, who decided, and what was held against each of the others.
+
+    `chosen` is None where nothing fits, or where the backend that was `asked` for by name does not. `decided_by` is
+    argument, context, environment or auto; `candidates` are in auto's order, those that fit first.
+    """
+
+    problem: Problem
+    chosen: str | None
+    decided_by: str
+    why: str
+    candidates: tuple[Verdict, ...]
+    notes: tuple[str, ...] = ()
+    asked: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: chosen, decided_by, why, problem, notes and candidates with their reasons."""
+        return {
+            "chosen": self.chosen,
+            "decided_by": self.decided_by,
+            "why": self.why,
+            "problem": str(self.problem),
+            "notes": list(self.notes),
+            "candidates": [asdict(candidate) for candidate in self.candidates],
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON text."""
+        return json.dumps(self.to_dict())
+
+    def __getitem__(self, name: str) -> Verdict:
+        """The verdict on one backend."""
+        for candidate in self.candidates:
+            if candidate.name == name:
+                return candidate
+        raise KeyError(name)
+
+    def __str__(self) -> str:
+        width = max([len(verdict.name) for verdict in self.candidates], default=0)
+        lines = [str(self.problem)]
+        for verdict in self.candidates:
+            word = "chosen" if verdict.name == self.chosen else "ok" if verdict.ok else "no"
+            lines.append(f"  {verdict.name:<{width}}  {word:<6}  {'; '.join(map(str, verdict.reasons))}".rstrip())
+        lines.append(f"decided by {self.decided_by}: {self.why}")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])

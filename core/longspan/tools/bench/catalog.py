@@ -1,0 +1,51 @@
+"""Which benches there are: every module of this package that has a `NAME`."""
+
+from __future__ import annotations
+
+import pkgutil
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any, Protocol, cast
+
+from longspan.errors import ArgumentError
+from longspan.tools import bench
+from longspan.tools.bench.steps import OnStep, silent
+
+__all__ = ["Bench", "benches", "find"]
+
+
+class Bench(Protocol):
+    """A module that measures something."""
+
+    NAME: str
+    HELP: str
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        """Its own options."""
+
+    def run(self, args: Namespace, on_step: OnStep = silent) -> dict[str, Any]:
+        """Measure: plain values for JSON. `complete`: False where Ctrl-C ended it; the rest is what there was."""
+
+
+def benches() -> Iterator[Bench]:
+    """All benches, by name."""
+    for module in pkgutil.iter_modules(bench.__path__, "longspan.tools.bench."):
+        found = import_module(module.name)
+        if hasattr(found, "NAME"):
+            yield cast(Bench, found)
+
+
+def find(name: str) -> Bench:
+    """The bench of this name.
+
+    Raises:
+        ArgumentError: there is none.
+    """
+    known = {one.NAME: one for one in benches()}
+    if name not in known:
+        near = get_close_matches(name, known, n=1)
+        fix = f"longspan bench {near[0]}" if near else "longspan bench"
+        raise ArgumentError("bench", repr(name), " or ".join(known), fix)
+    return known[name]

@@ -1,0 +1,108 @@
+"""A window over a very long sequence, in a process of its own: index, time and peak memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from attrs import asdict, frozen
+
+from longspan.errors import LongspanError
+
+__all__ = ["LongWindow", "measure_window"]
+
+_PROGRAM = """
+import signal
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
+import json, sys, time, torch, longspan
+from longspan.tools.demo.meter import PeakMemory
+given = json.loads(sys.argv[1])
+torch.set_num_threads(given["threads"])
+pattern = longspan.local_blocks(given["reach"], 0, block_size=given["block_size"])
+def say(stage, seconds, **more):
+    print(json.dumps({"stage": stage, "seconds": seconds, **more}), flush=True)
+def measured(stage, call):
+    with PeakMemory(torch.device("cpu")) as meter:
+        start = time.perf_counter()
+        results = call()
+        seconds = time.perf_counter() - start
+    own = sum(x.nbytes for x in results)
+    say(stage, seconds, beyond=None if meter.mib is None else int(meter.mib * 2**20) - own)
+    return results
+def made(tokens):
+    x = [torch.randn(1, given["heads"], tokens, given["head_dim"]) for _ in range(3)]
+    problem = longspan.Problem.like(*x, pattern=pattern, is_causal=True)
+    return x, longspan.plan(problem, backend=given["backend"])
+with torch.inference_mode():
+    x, plan = made(min(2048, given["tokens"]))
+    out, lse = plan(*x)
+    plan.backward(out, *x, out, lse)
+    pattern.csr(2048, is_causal=True)
+    start = time.perf_counter()
+    csr = pattern.csr(given["tokens"], is_causal=True)
+    say("index", time.perf_counter() - start, nbytes=csr.nbytes, pairs=csr.layouts[0].pairs)
+    start = time.perf_counter()
+    x, plan = made(given["tokens"])
+    say("plan", time.perf_counter() - start, nbytes=plan.layout.nbytes)
+    for _ in range(given["calls"]):
+        out = lse = None
+        out, lse = measured("forward", lambda: plan(*x))
+    measured("backward", lambda: plan.backward(out, *x, out, lse))
+"""
+
+
+@frozen
+class LongWindow:
+    """What is measured: causal attention over `tokens`, each query with the `reach` keys before it, float32."""
+
+    backend: str
+    tokens: int
+    reach: int
+    threads: int
+    calls: int = 3
+    heads: int = 1
+    head_dim: int = 64
+    block_size: int = 128
+
+
+def measure_window(what: LongWindow, on_stage: Callable[[str], object] = str) -> list[dict[str, Any]]:
+    """Measure, in stages: `index`, `plan`, `calls` times `forward`, `backward`.
+
+    Args:
+        what: the work.
+        on_stage: called with a few words when a stage begins.
+
+    Returns:
+        for each stage `stage` and `seconds`; of `index` and `plan` also `nbytes`, of the CSR and of what the backend
+        runs; of the others `beyond`, the bytes at the peak beyond inputs and results (None where the system does not
+        say).
+
+    Raises:
+        LongspanError: the process failed; what it said is on stderr.
+    """
+    found: list[dict[str, Any]] = []
+    stages = ["index", "plan", *["forward"] * what.calls, "backward"]
+    on_stage(_words(what, stages, 0))
+    command = [sys.executable, "-c", _PROGRAM, json.dumps(asdict(what))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                found.append(json.loads(line))
+                on_stage(_words(what, stages, len(found)))
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode or len(found) != len(stages):
+        raise LongspanError(
+            f"the process that measures {what.tokens:,} tokens ended with {process.returncode} after "
+            f"{len(found)} of {len(stages)} stages. Next: read its error above, or leave it out with --parts"
+        )
+    return found
+
+
+def _words(what: LongWindow, stages: list[str], done: int) -> str:
+    return f"N={what.tokens:,}, window of {what.reach}: {stages[min(done, len(stages) - 1)]}"

@@ -1,0 +1,141 @@
+"""What is to be mended, and the line that does it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import Any
+
+from attrs import asdict, evolve, frozen
+
+from longspan.memory.folders import Unused
+from longspan.registry.policy import is_name, names
+from longspan.spec.backend import BackendInfo
+from longspan.spec.installing import own_line, pip
+from longspan.tools.doctor.ledger import Ledger
+from longspan.tools.doctor.machine import Machine
+from longspan.tools.doctor.settings import Setting
+from longspan.tools.doctor.usability import Unusable
+
+__all__ = ["Remedy", "remedies"]
+
+OWN = "longspan"
+"""The distribution of the built-in backends."""
+
+LISTS = ("LONGSPAN_BACKEND", "LONGSPAN_PREFER", "LONGSPAN_BLOCK", "LONGSPAN_PLUGINS")
+"""The variables that hold names."""
+
+
+@frozen
+class Remedy:
+    """Something to mend. `lines`: shell commands (or Python, where the reason lies in a tensor), any one will do.
+
+    `broken`: something that was to work does not; else it is an offer, and all is well without.
+    """
+
+    what: str
+    lines: tuple[str, ...]
+    broken: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def remedies(
+    machine: Machine, ledger: Ledger, found: tuple[Setting, ...], files: tuple[Unused, ...] = ()
+) -> tuple[Remedy, ...]:
+    """All of them, what is broken first."""
+    listed = [*_settings(found), *_names(ledger, found), *_rows(ledger, found)]
+    listed += [Remedy(f"{one.path} {one.why}", (one.fix,), broken=one.broken) for one in files]
+    listed += [
+        Remedy(f"{place.name}: {place.why}", (place.fix,), broken=False) for place in machine.places if place.why
+    ]
+    listed += [_useless(one) for one in ledger.unusable if one.fixes]
+    listed += [
+        Remedy(f"{row.name} works, and would be faster with {evolve(lack, fix='')}", (lack.fix,), broken=False)
+        for row in ledger.rows
+        for lack in row.lacks
+        if lack.fix
+    ]
+    return tuple(sorted(listed, key=lambda one: not one.broken))
+
+
+def _settings(found: tuple[Setting, ...]) -> Iterator[Remedy]:
+    for one in found:
+        if one.error:
+            what = one.error if one.known else f"{one.name}: {one.error}"
+            yield Remedy(what, (f"unset {one.name}",), broken=one.known)
+
+
+def _names(ledger: Ledger, found: tuple[Setting, ...]) -> Iterator[Remedy]:
+    """Names in the environment that nobody has, and a backend asked for that cannot serve."""
+    backends = {row.name for row in ledger.rows}
+    owners = {row.distribution for row in ledger.rows if row.distribution} | {"builtin"}
+    for one in found:
+        if one.name not in LISTS or one.error:
+            continue
+        listed = names(one.name, {one.name: one.value})
+        known = backends | owners if one.name == "LONGSPAN_PLUGINS" else backends
+        for name in listed:
+            if name in known or (known is not backends and _canonical(name) in map(_canonical, owners)):
+                continue
+            near = get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
+            right = [near[0] if word == name and near else word for word in listed if word != name or near]
+            # Only the allow-list takes a name that nobody has.
+            what = f"{one.name}={one.value}: {name!r} is nobody's name; {hint}"
+            yield Remedy(what, (_export(one.name, right),), broken=known is backends)
+        if one.name == "LONGSPAN_BACKEND" and listed and (why := _serves_nothing(listed[0], ledger)):
+            yield Remedy(f"{one.name}={one.value}: {why}, so every call fails", (f"unset {one.name}",))
+
+
+def _canonical(name: str) -> str:
+    """A distribution's name as the allow-list compares it (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _serves_nothing(name: str, ledger: Ledger) -> str:
+    states = [row.state for row in ledger.rows if row.name == name]
+    if states and "loaded" not in states:
+        return f"{name} is {states[0]}"
+    return f"{name} serves no problem here" if name in {one.backend for one in ledger.unusable} else ""
+
+
+def _rows(ledger: Ledger, found: tuple[Setting, ...]) -> Iterator[Remedy]:
+    claimed: dict[str, list[BackendInfo]] = {}
+    for row in ledger.rows:
+        what = f"{row.name} of {row.distribution} {row.version} is {row.state}: {row.error}"
+        block = _export("LONGSPAN_BLOCK", [*_blocked(found), row.name]) if is_name(row.name) else ""
+        package = shlex.quote(row.distribution)
+        if row.state == "loaded" and row.error:
+            yield Remedy(f"{row.name} of {row.distribution} {row.version} {row.error}", (block,), broken=False)
+        elif row.state == "duplicate":
+            claimed.setdefault(row.name, []).append(row)
+        elif row.state == "incompatible":
+            yield Remedy(what, (f"{pip()} install --upgrade {package}", block))
+        elif row.state == "broken" and row.name in ledger.releasable:
+            yield Remedy(what, (f"longspan doctor --release {row.name}",))
+        elif row.state == "broken" and row.distribution == OWN:
+            yield Remedy(what, (own_line(),))
+        elif row.state == "broken":
+            lines = (f"{pip()} install --upgrade {package}", block) if block else (f"{pip()} uninstall {package}",)
+            yield Remedy(what, lines)
+    for name, same in claimed.items():
+        third = [row.distribution for row in same if row.distribution != OWN]
+        what = f"{name} is {same[0].error}"
+        yield Remedy(what, tuple(f"{pip()} uninstall {shlex.quote(one)}" for one in third))
+
+
+def _blocked(found: tuple[Setting, ...]) -> list[str]:
+    return [name for one in found if one.name == "LONGSPAN_BLOCK" and not one.error for name in names(one.name)]
+
+
+def _useless(one: Unusable) -> Remedy:
+    return Remedy(f"{one.backend} is installed and of no use here: {'; '.join(one.texts)}", one.fixes, broken=False)
+
+
+def _export(variable: str, listed: list[str]) -> str:
+    return f"export {variable}={','.join(dict.fromkeys(listed))}" if listed else f"unset {variable}"

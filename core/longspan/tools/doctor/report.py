@@ -1,0 +1,115 @@
+"""The whole of what the doctor found."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from attrs import asdict, frozen
+
+from longspan.errors import PolicyError
+from longspan.memory import compiled
+from longspan.memory.folders import Unused
+from longspan.registry import profile, quarantine
+from longspan.registry.policy import Policy, current
+from longspan.tools.doctor.ledger import Ledger, ledger_apart, ledger_here
+from longspan.tools.doctor.machine import Machine, machine
+from longspan.tools.doctor.remedies import Remedy, remedies
+from longspan.tools.doctor.settings import Setting, readable, settings
+
+__all__ = ["Report", "examine"]
+
+
+@frozen
+class Report:
+    """The machine, the ledger, the environment, the policy, and what is to be mended.
+
+    `policy` is the text of the error where it cannot be read. `isolated`: no plugin was imported in this process.
+    `files`: what is kept on disk and not used.
+    """
+
+    machine: Machine
+    ledger: Ledger
+    settings: tuple[Setting, ...]
+    policy: Policy | str
+    remedies: tuple[Remedy, ...]
+    cuda_initialized: bool
+    isolated: bool
+    files: tuple[Unused, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is broken; what is merely of no use here is not."""
+        return not any(remedy.broken for remedy in self.remedies)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "ok": self.ok,
+            "isolated": self.isolated,
+            "machine": {**self.machine.to_dict(), "cuda_initialized": self.cuda_initialized},
+            "ledger": [row.to_dict() for row in self.ledger.rows],
+            "unusable": [one.to_dict() for one in self.ledger.unusable],
+            "environment": [one.to_dict() for one in self.settings],
+            "policy": {"error": self.policy} if isinstance(self.policy, str) else _policy(self.policy),
+            "quarantine": _quarantine(),
+            "files": [asdict(one) for one in self.files],
+            "to_fix": [one.to_dict() for one in self.remedies],
+        }
+
+
+def examine(isolate: bool = False, timeout: float = 60.0) -> Report:
+    """Look at everything. Initialises no CUDA; a setting that cannot be read is reported.
+
+    Args:
+        isolate: import each plugin in an interpreter of its own, and none here: a crash, an exit or a hang is reported.
+        timeout: seconds after which such an import is said to hang.
+
+    Raises:
+        PluginError: `isolate` where this Python does not know its own executable.
+    """
+    here, found = machine(), settings()
+    environ = readable(found)
+    files = (*compiled.survey(), *profile.survey())
+    ledger = ledger_apart(here.devices, environ, timeout) if isolate else ledger_here(here.devices, environ)
+    return Report(
+        machine=here,
+        ledger=ledger,
+        settings=found,
+        policy=_in_force(),
+        remedies=remedies(here, ledger, found, files),
+        cuda_initialized=torch.cuda.is_initialized(),  # type: ignore[no-untyped-call]
+        isolated=isolate,
+        files=files,
+    )
+
+
+def _in_force() -> Policy | str:
+    try:
+        return current()
+    except PolicyError as error:
+        return str(error)
+
+
+def _policy(policy: Policy) -> dict[str, Any]:
+    return {name: value for name, value in asdict(policy).items() if name != "settled"}
+
+
+def _quarantine() -> dict[str, Any]:
+    try:
+        folder = str(quarantine.directory())
+    except RuntimeError:  # no home
+        folder = ""
+    return {
+        "directory": folder,
+        "writable": bool(folder) and os.access(_nearest(folder), os.W_OK),
+        "crashes": [asdict(crash) for crash in quarantine.crashes()],
+    }
+
+
+def _nearest(folder: str) -> str:
+    """The folder, or that above it which exists: what is missing is made."""
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    return folder
