@@ -16,9 +16,8 @@ import torch
 
 import longspan as ls
 from longspan.memory.arena import BufferArena, buffer_arena
-from longspan.memory.block import GRANULE, Block
-from longspan.memory.scratch import Scratch
-from longspan.memory.workspace import TorchAllocator, Workspace
+from longspan.memory.reservation import GRANULE, Block
+from longspan.memory.workspace import Scratch, TorchAllocator, Workspace
 from longspan.testing import oracle
 
 CPU = torch.device("cpu")

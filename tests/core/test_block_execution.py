@@ -16,7 +16,7 @@ from longspan.memory import cache_file
 from longspan.memory.arena import BufferArena
 from longspan.memory.cache import PatternCache
 from longspan.memory.cache_entry import LayoutKey
-from longspan.planning import planner
+from longspan.planning.attention import forget
 from longspan.testing import oracle
 from longspan.testing.answers import Answer, dense
 from longspan.testing.judge import judge_forward, judge_gradients
@@ -46,9 +46,9 @@ BUILT = {
 def as_blocks(monkeypatch):
     """Whatever it costs; test_block_masked.py has the other way."""
     monkeypatch.setattr(cost, "model", lambda *_: None)
-    planner.forget()
+    forget()
     yield
-    planner.forget()
+    forget()
 
 
 def answer(tensors, pattern, **given):

@@ -14,7 +14,7 @@ from longspan.lowering import cost, masked
 from longspan.lowering.cost import Costs
 from longspan.lowering.dense import lay_blocks
 from longspan.lowering.masked import MaskedLayout, masked_layout, masked_pairs
-from longspan.planning import planner
+from longspan.planning.attention import forget
 from small import assert_same, qkv, randn
 
 
@@ -27,9 +27,9 @@ def as_masked(monkeypatch):
     monkeypatch.setattr(masked, "ROWS", 24)
     monkeypatch.setattr(masked, "KEYS", 16)
     monkeypatch.setattr("longspan.execution.masked.LEASED", 100)
-    planner.forget()
+    forget()
     yield
-    planner.forget()
+    forget()
 
 
 def planned(tensors, pattern, **given):

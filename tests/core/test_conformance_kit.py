@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import longspan as ls
-from longspan.spec.claims import DTYPES
+from longspan.spec.backend import DTYPES
 from longspan.testing import cases_for, oracle, run_case, tolerance, verify, visible
 from longspan.testing.answers import answer, dense, factors, sight
 from longspan.testing.cases import PATTERNS, cases_of

@@ -32,7 +32,7 @@ class Backend:
         self.spoil = spoil
         self.capabilities = {
             "devices": ("cpu",),
-            "dtypes": ls.spec.claims.DTYPES,
+            "dtypes": ls.spec.backend.DTYPES,
             "patterns": ("dense",),
             "causal": True,
             **capabilities,

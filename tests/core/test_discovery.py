@@ -1203,9 +1203,9 @@ FORK = """
     found = {"none, before the first discovery": child_works(threading.Lock())}
     ls.backends()
     found["the registry's"] = child_works(registry._lock)
-    planner = sys.modules.get("longspan.planning.planner")
+    attention = sys.modules.get("longspan.planning.attention")
     store = registry.lane("sdpa", "longspan_cache")(device=ls.Device("cpu"))
-    for name, owner in (("the kept plans'", planner), ("the kept layouts'", store)):  # if they have one
+    for name, owner in (("the kept plans'", attention), ("the kept layouts'", store)):  # if they have one
         found[name] = child_works(getattr(owner, "_lock", threading.Lock()))
     ls.attention(x, x, x)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from longspan.spec.claims import DTYPES
+from longspan.spec.backend import DTYPES
 from longspan.testing import cases_for, run_case, verify
 from longspan.testing.claims import backward_of
 from mistakes import seeing, slopes, softmax, surroundings

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import longspan as ls
-from longspan.patterns.topk.stand_in import stand_in
+from longspan.patterns.topk.pattern import stand_in
 from small import assert_same, qkv, randn
 
 MODERATE = settings(deadline=None, max_examples=40)
@@ -466,7 +466,7 @@ def test_the_exact_mass_holds_a_bounded_number_of_scores(monkeypatch):
     q, k, _ = qkv(n=64, dim=8)
     pattern = ls.TopKBlocks(2, 8)
     want = pattern.mass(q, k, exact=True, is_causal=True)
-    monkeypatch.setattr("longspan.patterns.topk.mass.BUDGET", 7 * 64 * 8)
+    monkeypatch.setattr("longspan.patterns.topk.choice.BUDGET", 7 * 64 * 8)
     torch.testing.assert_close(pattern.mass(q, k, exact=True, is_causal=True), want, rtol=1e-13, atol=1e-13)
 
 

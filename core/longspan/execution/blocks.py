@@ -1,34 +1,28 @@
-"""Running a block-sparse layout: batched dense calls over full blocks, masked ones over partial blocks, merged.
-
-What is merged is merged in float32 (float64 for float64) for the rows of a launch alone, so that no wide copy of the
-output is needed. Loops run over groups of rows and over launches of bounded size, never over block rows.
-
-These are hundreds of short parallel regions a call. On a CPU whose cores are taken by others, OpenMP's threads spin at
-the end of each for one that is not running: 4,096 tokens took 1.4 to 1.7 s on two busy cores, and 0.3 to 0.5 s with
-`OMP_WAIT_POLICY=PASSIVE` (or `OMP_NUM_THREADS=1`) in the environment of the process, which is the way out there.
-"""
+"""Running a block-sparse layout: batched dense calls over full blocks, masked ones over partial blocks, merged."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from longspan.execution.autograd import Runner
 from longspan.execution.gather import Keys, Queries
 from longspan.execution.strided import Step
+from longspan.lowering.blocks import BlockLayout
 from longspan.lowering.groups import Columns
 from longspan.lowering.schedule import Chunk, Job
-from longspan.memory.scratch import Scratch
-from longspan.memory.workspace import Workspace
+from longspan.memory.workspace import Lender, Scratch, Workspace
 from longspan.numerics import blockwise
 from longspan.numerics.dropout import Draw, Dropout
 from longspan.numerics.merge import merge_
 from longspan.numerics.tensors import unit_stride, wide_dtype
+from longspan.spec.backend import Kernel
 
-__all__ = ["run_block_backward", "run_block_forward"]
+__all__ = ["BlockRunner", "run_block_backward", "run_block_forward"]
 
 Steps = Mapping[tuple[int, int], Step]
 Masks = Mapping[tuple[int, int], Tensor]
@@ -220,3 +214,58 @@ def _is_whole(jobs: Sequence[Job], query: Tensor) -> bool:
 
 def _shaped(tensor: Tensor, shape: torch.Size) -> Tensor:
     return tensor.view(shape) if tensor.is_contiguous() else tensor.reshape(shape)
+
+
+class BlockRunner(Runner):
+    """Runs a block-sparse layout with the kernels of dense problems."""
+
+    quick = None
+
+    def __init__(
+        self,
+        layout: BlockLayout,
+        jobs: Sequence[Job],
+        steps: Mapping[tuple[int, int], Step],
+        scale: float,
+        kernels: Iterable[Kernel] = (),
+        lender: Lender | None = None,
+    ) -> None:
+        self.layout, self._jobs, self._steps, self._scale = layout, tuple(jobs), steps, scale
+        self._memory = None if lender is None else Workspace((), lender)
+        self._on: dict[torch.device, tuple[tuple[Job, ...], dict[tuple[int, int], Tensor]]] = {}
+        self.operators = tuple(dict.fromkeys(name for kernel in kernels for name in kernel.operators))
+        self.libraries = tuple(dict.fromkeys(kernel.library for kernel in kernels if kernel.library))
+        self.own_backward = all(kernel.backward is not None for kernel in kernels)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:
+        """`(out, lse)`."""
+        jobs, masks = self._there(query.device)
+        return run_block_forward(jobs, masks, self._steps, self._scale, draw, query, key, value, self._memory)
+
+    def backward(
+        self,
+        dout: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        draw: Draw | None,
+        dlse: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`(dquery, dkey, dvalue)`."""
+        jobs, masks = self._there(query.device)
+        given = dout, query, key, value, out, lse, dlse
+        return run_block_backward(jobs, masks, self._steps, self._scale, draw, *given, self._memory)
+
+    def _there(self, device: torch.device) -> tuple[tuple[Job, ...], dict[tuple[int, int], Tensor]]:
+        """The jobs with their index and their masks on a device, moved there once."""
+        if device not in self._on:
+            with torch.inference_mode(False):  # they outlive the mode that a call happens to be made in
+                masks = {
+                    (number, which): csr.masks.to(device)
+                    for number, found in enumerate(self.layout.blocks)
+                    for which, csr in enumerate(found.layouts)
+                }
+                self._on[device] = tuple(job.on(device) for job in self._jobs), masks
+        return self._on[device]

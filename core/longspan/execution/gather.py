@@ -7,7 +7,7 @@ from torch import Tensor
 
 from longspan.lowering.groups import Columns
 from longspan.lowering.schedule import Chunk, Job
-from longspan.memory.scratch import Scratch
+from longspan.memory.workspace import Scratch
 
 __all__ = ["Keys", "Queries"]
 

@@ -11,8 +11,7 @@ from torch import Tensor
 from longspan.execution.contract import check_gradients, check_result, note_kernel
 from longspan.execution.views import Block, blocks
 from longspan.lowering.layout import Call, Layout
-from longspan.memory.scratch import Scratch
-from longspan.memory.workspace import Workspace
+from longspan.memory.workspace import Scratch, Workspace
 from longspan.numerics import blockwise
 from longspan.numerics.dropout import Draw, Dropout
 from longspan.numerics.merge import merge_

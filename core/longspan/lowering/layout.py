@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 from attrs import frozen
 
-__all__ = ["Call", "Heads", "Layout", "Rows"]
+__all__ = ["Call", "Heads", "Layout", "Rows", "progressions"]
 
 CALL = 700
 """Bytes that a dense call takes, about: itself, its heads, its rows and their numbers."""
@@ -93,3 +94,15 @@ class Layout:
     def __str__(self) -> str:
         calls = "1 dense call" if len(self.calls) == 1 else f"{len(self.calls)} dense calls"
         return f"{calls}, {self.pairs:,} query-key pairs per batch entry"
+
+
+def progressions(heads: Sequence[int]) -> Iterator[Heads]:
+    """Head numbers, ascending, as few regular runs as a greedy look finds."""
+    start = 0
+    while start < len(heads):
+        stop = start + 1
+        step = heads[stop] - heads[start] if stop < len(heads) else 1
+        while stop < len(heads) and heads[stop] - heads[stop - 1] == step:
+            stop += 1
+        yield Heads(heads[start], stop - start, step)
+        start = stop

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from longspan.lowering.blocks import BlockLayout
 from longspan.lowering.dense import head_pairs
-from longspan.lowering.head_ranges import progressions
-from longspan.lowering.layout import Call, Heads, Layout
+from longspan.lowering.layout import Call, Heads, Layout, progressions
 from longspan.lowering.segments import Span
 from longspan.patterns.blocks.csr import BlockCSR
 from longspan.patterns.blocks.masks import FULL

@@ -11,8 +11,7 @@ from attrs import evolve, frozen
 from longspan.lowering.blocks import BlockLayout
 from longspan.lowering.dense import head_pairs
 from longspan.lowering.groups import Group
-from longspan.lowering.head_ranges import progressions
-from longspan.lowering.layout import Heads
+from longspan.lowering.layout import Heads, progressions
 from longspan.numerics.tensors import wide_dtype
 from longspan.spec.pattern import Dense
 from longspan.spec.problem import Problem

@@ -20,8 +20,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from longspan.memory.block import Block, Place, place_of
-from longspan.memory.reservation import Account, Tenant
+from longspan.memory.reservation import Account, Block, Place, Tenant, place_of
 from longspan.spec.backend import BufferSpec
 
 __all__ = ["ArenaStats", "BufferArena", "LIMIT", "THRESHOLD", "buffer_arena"]

@@ -1,19 +1,21 @@
-"""Workspace for kernels and for the core itself: who allocates it, and how it is asked for."""
+"""Workspace for kernels and for the core itself: who allocates it, how it is asked for, and what one call borrows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from math import prod
-from typing import Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from longspan.errors import PluginError
+from longspan.numerics.tensors import unit_stride
 from longspan.spec.backend import BufferSpec
 
-__all__ = ["Allocator", "Lender", "Pair", "TorchAllocator", "Workspace"]
+__all__ = ["Allocator", "GuardedAllocator", "Lender", "Pair", "Scratch", "TorchAllocator", "Workspace"]
 
 
 class Allocator(Protocol):
@@ -147,3 +149,117 @@ class Pair:
 
     def __repr__(self) -> str:
         return f"Pair({tuple(self.front.shape)}, {self.front.dtype})"
+
+
+_TORCH = Workspace((), TorchAllocator())
+
+
+class Scratch:
+    """Memory for a `with` block around the launches of one call.
+
+    Args:
+        workspace: who provides it; None, or for tensors of another class (fake ones, say): torch.
+        like: a tensor of the call; memory is where it is.
+        size: bytes that all launches together write to temporaries. Where the workspace does not want so few, each
+            launch gets its temporaries from torch.
+    """
+
+    def __init__(self, workspace: Workspace | None, like: Tensor, size: int) -> None:
+        self._workspace = _TORCH if workspace is None or type(like) is not Tensor else workspace
+        self._device = like.device
+        self.is_kept = self._workspace is not _TORCH and self._workspace.wants(size)
+        self._leases: ExitStack | None = None
+        self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def once(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Uninitialised memory for the whole call."""
+        if not self.is_kept:
+            return torch.empty(shape, dtype=dtype, device=self._device)
+        return self._lease(name, shape, dtype, False)
+
+    def again(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Uninitialised memory until it is asked for by this name again, in the same place if it is large enough."""
+        if not self.is_kept:
+            return torch.empty(shape, dtype=dtype, device=self._device)
+        count = prod(shape)
+        kept = self._kept.get((name, dtype))
+        if kept is None or kept.numel() < count:
+            kept = self._kept[name, dtype] = self._lease(name, (count,), dtype, True)
+        return kept[:count].view(shape)
+
+    def flip(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor with its rows (dimension 2) in reverse order."""
+        if not self.is_kept:
+            return unit_stride(tensor.flip(2))  # torch orders the strides of overlapping rows anew
+        backwards = torch.arange(tensor.shape[2] - 1, -1, -1, device=tensor.device, dtype=torch.int64)
+        return torch.index_select(tensor, 2, backwards, out=self.again(name, tuple(tensor.shape), tensor.dtype))
+
+    def widen(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """The tensor in this dtype."""
+        if tensor.dtype is dtype or not self.is_kept:
+            return tensor.to(dtype)
+        return self.again(name, tuple(tensor.shape), dtype).copy_(tensor)
+
+    def _lease(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, always: bool) -> Tensor:
+        if self._leases is None:
+            self._leases = ExitStack()
+        return self._leases.enter_context(self._workspace.temporary(name, shape, dtype, self._device, always=always))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._kept.clear()
+        if self._leases is not None:
+            self._leases.close()
+
+
+class GuardedAllocator:
+    """Asks a plugin's allocator, and after an exception or a wrong tensor the core's, for good.
+
+    Args:
+        allocator: with `allocate(spec, device)`.
+        spare: the core's.
+        report: told of the mistake, once.
+    """
+
+    threshold = 0  # whoever replaces the allocator sees every request
+
+    def __init__(self, allocator: Any, spare: Lender, report: Callable[[Exception], None]) -> None:
+        self._allocator, self._spare, self._report = allocator, spare, report
+        self._works = True
+
+    def allocate(self, spec: BufferSpec, device: torch.device) -> Tensor:
+        """Uninitialised memory of the spec's shape and dtype."""
+        if self._works:
+            try:
+                return _checked(self._allocator.allocate(spec, device), spec, device)
+            except Exception as error:  # noqa: BLE001 - whatever a plugin raises, the computation goes on
+                self._works = False
+                self._report(error)
+        return self._spare.allocate(spec, device)
+
+    @contextmanager
+    def lease(self, spec: BufferSpec, device: torch.device, *, always: bool = False) -> Iterator[Tensor]:
+        """The same for the time of a `with` block; dropping it is giving it back."""
+        yield self.allocate(spec, device)
+
+    def disown(self, tensor: Tensor) -> None:
+        """The spare's business; another allocator sees by itself who uses its memory."""
+        self._spare.disown(tensor)
+
+    def __repr__(self) -> str:
+        return f"GuardedAllocator({self._allocator if self._works else self._spare!r})"
+
+
+def _checked(found: Any, spec: BufferSpec, device: torch.device) -> Tensor:
+    dtype = getattr(torch, spec.dtype)
+    if not isinstance(found, Tensor):
+        raise PluginError(f"allocate() returned {type(found).__name__}. Next: return a torch.Tensor")
+    here = found.device.type == device.type and device.index in (None, found.device.index)
+    if tuple(found.shape) != tuple(spec.shape) or found.dtype is not dtype or not here or not found.is_contiguous():
+        got = f"{tuple(found.shape)} {found.dtype} on {found.device}, strides {found.stride()}"
+        raise PluginError(f"allocate() returned {got}; want {spec.shape} {dtype} on {device}. Next: mend the allocator")
+    return found

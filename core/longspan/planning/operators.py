@@ -60,7 +60,7 @@ _find: Callable[..., Found] | None = None
 
 
 def find_plans_by(find: Callable[..., Found]) -> None:
-    """Say how a plan is found: the planner stands above this module, and plans enter graphs too."""
+    """Say how a plan is found: plans are kept above this module, and enter graphs too."""
     global _find
     _find = find
 
@@ -79,7 +79,7 @@ def _plan(
     query_offset: int | None,
     policy: str,
 ) -> Found:
-    assert _find is not None, "longspan.planning.planner sets it on import"
+    assert _find is not None, "longspan.planning.attention sets it on import"
     given = (decode(pattern, numbers), is_causal, scale, dropout_p, enable_gqa, cu_seqlens, query_offset, None)
     with in_force(policy):
         return _find(query, key, value, *given)

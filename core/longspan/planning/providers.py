@@ -11,8 +11,7 @@ from longspan.execution.contract import in_hook
 from longspan.memory.arena import BufferArena, buffer_arena
 from longspan.memory.cache import LayoutStore, pattern_cache
 from longspan.memory.cache_entry import LayoutKey
-from longspan.memory.fallback import GuardedAllocator
-from longspan.memory.workspace import Lender, TorchAllocator
+from longspan.memory.workspace import GuardedAllocator, Lender, TorchAllocator
 from longspan.registry.discovery import DEFAULTS, registry
 from longspan.registry.profile import current_profile
 from longspan.spec.device import Device

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longspan.errors import PluginError, brief
 from longspan.execution.autograd import Runner
-from longspan.execution.block_runner import BlockRunner
+from longspan.execution.blocks import BlockRunner
 from longspan.execution.contract import check_gradients, check_result, in_hook, note_kernel
 from longspan.execution.masked import MaskedStep
 from longspan.execution.strided import Step, run_backward, run_forward

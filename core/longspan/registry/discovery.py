@@ -17,8 +17,16 @@ from attrs import evolve
 
 from longspan.errors import DuplicateBackend, PluginError, PluginWarning, warn_caller
 from longspan.registry.defaults import Defaults
-from longspan.registry.entries import BUILTIN, Entry, entries_of
-from longspan.registry.loading import Hooks, Loader, add_backend, add_extension, capabilities_of
+from longspan.registry.loading import (
+    BUILTIN,
+    Entry,
+    Hooks,
+    Loader,
+    add_backend,
+    add_extension,
+    capabilities_of,
+    entries_of,
+)
 from longspan.registry.policy import flag, is_name, names
 from longspan.spec.backend import BackendInfo, Capabilities, Reason
 from longspan.spec.problem import Problem

@@ -14,8 +14,7 @@ from longspan.lowering.blocks import BlockLayout
 from longspan.lowering.dense import dense_problem, lower
 from longspan.lowering.schedule import dense_parts, schedule
 from longspan.patterns.blocks.sparse import BlockSparse
-from longspan.patterns.topk.pattern import TopKBlocks
-from longspan.patterns.topk.stand_in import stand_in
+from longspan.patterns.topk.pattern import TopKBlocks, stand_in
 from longspan.registry.discovery import registry
 from longspan.registry.policy import current
 from longspan.registry.profile import current_profile

@@ -9,7 +9,7 @@ import torch
 from attrs import Factory, evolve, field, frozen
 
 from longspan.errors import ArgumentError, brief, check_number
-from longspan.spec.claims import DTYPES
+from longspan.spec.backend import DTYPES
 from longspan.spec.device import Device
 from longspan.spec.foreign import unknown_argument
 from longspan.spec.inputs import check_boundaries, check_inputs, check_pattern

@@ -10,8 +10,7 @@ from attrs import frozen
 from longspan.patterns.blocks.builders import bigbird, local_blocks, random_blocks
 from longspan.patterns.dilated import Dilated
 from longspan.patterns.window import SlidingWindow
-from longspan.spec.backend import Capabilities
-from longspan.spec.claims import DTYPES
+from longspan.spec.backend import DTYPES, Capabilities
 from longspan.spec.device import Device
 from longspan.spec.pattern import Dense, Pattern
 from longspan.spec.problem import Problem

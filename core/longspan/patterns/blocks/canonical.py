@@ -1,14 +1,81 @@
-"""The one true form of a layout: equal pairs have equal states, masks and numbers."""
+"""Blocks that somebody hands in: checked, each refusal naming the tensor and what would do, and in the one true form.
+
+Equal pairs then have equal states, masks and numbers.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from longspan.errors import ArgumentError
 from longspan.patterns.blocks.grid import Grid
 from longspan.patterns.blocks.masks import FULL, Tiles
 
-__all__ = ["clip", "renumber"]
+__all__ = ["check_indices", "check_masks", "clip", "renumber"]
+
+
+def _integers(name: str, tensor: object) -> Tensor:
+    if not isinstance(tensor, Tensor) or tensor.dim() != 1:
+        got = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ArgumentError(name, got, "a torch.Tensor of one dimension", f"{name}=torch.tensor([...])")
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ArgumentError(name, str(tensor.dtype), "integers", f"{name}.to(torch.int32)")
+    return tensor.detach().to("cpu", torch.int64)
+
+
+def check_indices(grid: Grid, indptr: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column of every block."""
+    indptr, indices = _integers("indptr", indptr), _integers("indices", indices)
+    if len(indptr) != grid.rows + 1:
+        want = f"{grid.rows + 1} numbers, one more than the {grid.rows} block rows of {grid.q_len} queries"
+        raise ArgumentError("indptr", f"{len(indptr)} numbers", want, "check block_size, q_len and query_offset")
+    if int(indptr[0]) != 0 or int(indptr[-1]) != len(indices) or bool((indptr.diff() < 0).any()):
+        got = f"{_brief(indptr)} for {len(indices)} indices"
+        raise ArgumentError(
+            "indptr",
+            got,
+            f"numbers that start at 0, never fall and end at {len(indices)}",
+            "sum up the number of blocks of each row, e.g. torch.cumsum(counts, 0) with a 0 in front",
+        )
+    bad = (indices < 0) | (indices >= grid.columns)
+    if bool(bad.any()):
+        want = f"block columns from 0 to {grid.columns - 1}, for {grid.kv_len} keys in blocks of {grid.block_size}"
+        raise ArgumentError("indices", f"{int(indices[bad][0])}", want, "drop it, or check block_size and kv_len")
+    rows = torch.repeat_interleave(torch.arange(grid.rows, dtype=torch.int64, device="cpu"), indptr.diff())
+    steps = (rows * grid.columns + indices).diff()
+    if bool((steps <= 0).any()):
+        where = int((steps <= 0).nonzero()[0])
+        word = "twice" if int(steps[where]) == 0 else f"after {int(indices[where])}"
+        got = f"column {int(indices[where + 1])} {word} in block row {int(rows[where])}"
+        raise ArgumentError("indices", got, "distinct columns in ascending order in each row", "sort each row")
+    return rows, indices
+
+
+def check_masks(grid: Grid, tiles: object, masks: object, indices: Tensor) -> tuple[Tensor, Tiles]:
+    """The state of every block, and the masks."""
+    size = grid.block_size
+    masks = torch.empty(0, size, size, dtype=torch.bool, device="cpu") if masks is None else masks
+    if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
+        got = str(masks.dtype) if isinstance(masks, Tensor) else type(masks).__name__
+        raise ArgumentError("masks", got, "a bool tensor, True where a pair is kept", "masks.bool(), or scores > -inf")
+    if masks.shape[1:] != (size, size) or masks.dim() != 3:
+        raise ArgumentError("masks", f"shape {tuple(masks.shape)}", f"(T, {size}, {size})", "one mask a partial block")
+    tiles = torch.zeros_like(indices) if tiles is None else _integers("tiles", tiles)
+    if len(tiles) != len(indices):
+        raise ArgumentError("tiles", f"{len(tiles)} numbers", f"one for each of the {len(indices)} indices")
+    bad = (tiles < 0) | (tiles > len(masks))
+    if bool(bad.any()):
+        want = f"0 for a full block or 1 to {len(masks)} for one of the {len(masks)} masks"
+        raise ArgumentError("tiles", f"{int(tiles[bad][0])}", want, "add the missing mask")
+    table = Tiles(size)
+    states = [table.add(part) for part in torch.split(masks.detach().cpu(), table.chunk)]
+    return torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), *states])[tiles], table
+
+
+def _brief(numbers: Tensor) -> str:
+    shown = ", ".join(str(int(number)) for number in numbers[:6])
+    return f"[{shown}, ... {int(numbers[-1])}]" if len(numbers) > 6 else f"[{shown}]"
 
 
 def clip(grid: Grid, keys: Tensor, states: Tensor, tiles: Tiles) -> Tensor:

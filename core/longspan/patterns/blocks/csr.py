@@ -12,8 +12,7 @@ from attrs import frozen
 from torch import Tensor
 
 from longspan.errors import ArgumentError
-from longspan.patterns.blocks.canonical import clip, renumber
-from longspan.patterns.blocks.checks import check_indices, check_masks
+from longspan.patterns.blocks.canonical import check_indices, check_masks, clip, renumber
 from longspan.patterns.blocks.grid import Grid, on_cpu
 from longspan.patterns.blocks.masks import EMPTY, FULL, Tiles, content
 

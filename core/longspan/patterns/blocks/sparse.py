@@ -12,9 +12,9 @@ from torch import Tensor
 from longspan.errors import ArgumentError
 from longspan.patterns.blocks.csr import BlockCSR, HeadBlocks
 from longspan.patterns.blocks.evaluation import evaluate
-from longspan.patterns.blocks.given import Layout
 from longspan.patterns.blocks.grid import Grid, check_whole, on_cpu
 from longspan.patterns.blocks.masks import Tiles
+from longspan.patterns.blocks.primitives import Layout
 from longspan.patterns.blocks.rules import And, Local, PerHead, Rule
 from longspan.patterns.blocks.text import parse_rule
 from longspan.patterns.text import READERS

@@ -6,9 +6,8 @@ import re
 
 from longspan.errors import ArgumentError
 from longspan.patterns.blocks.csr import find_csr
-from longspan.patterns.blocks.given import Layout
 from longspan.patterns.blocks.grid import check_whole
-from longspan.patterns.blocks.primitives import Dilation, GlobalBlocks, GlobalTokens, Hierarchy, Strides
+from longspan.patterns.blocks.primitives import Dilation, GlobalBlocks, GlobalTokens, Hierarchy, Layout, Strides
 from longspan.patterns.blocks.rules import Local, PerHead, Rule
 from longspan.patterns.blocks.sampling import Drawn
 from longspan.spec.pattern import FURTHEST

@@ -18,8 +18,7 @@ from longspan.memory.arena import BufferArena, buffer_arena
 from longspan.memory.cache import PatternCache
 from longspan.patterns.dilated import Dilated
 from longspan.patterns.window import SlidingWindow
-from longspan.planning import planner
-from longspan.planning.attention import attention
+from longspan.planning.attention import attention, forget
 from longspan.planning.plan import Plan, plan
 from longspan.spec.backend import BufferSpec
 from longspan.spec.pattern import Pattern
@@ -208,7 +207,7 @@ def _steps(steps: int, backend: str | None) -> dict[str, Any]:
                 return_freed_memory()  # how much of it the heap holds back at one moment is chance, some 10 %
                 after[step] = resident()
         held = arena.stats.held
-        planner.forget()
+        forget()
         gc.collect()
         first, last = after[steps // 10], after[steps]
         return {

@@ -15,8 +15,8 @@ from longspan.memory.cache import PatternCache
 from longspan.memory.cache_entry import LayoutKey
 from longspan.patterns.dilated import Dilated
 from longspan.patterns.window import SlidingWindow
+from longspan.planning.attention import plan_for
 from longspan.planning.plan import plan
-from longspan.planning.planner import plan_for
 from longspan.spec.pattern import Dense, Pattern
 from longspan.spec.problem import Problem
 from longspan.tools.bench.options import positive

@@ -10,7 +10,7 @@ import typer
 import longspan
 from longspan import ArgumentError, Problem, Resolution
 from longspan.lowering.dense import lower
-from longspan.patterns.topk.stand_in import stand_in
+from longspan.patterns.topk.pattern import stand_in
 from longspan.tools.cli import output
 from longspan.tools.cli.verdicts import word
 

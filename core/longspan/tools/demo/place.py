@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from longspan.errors import ArgumentError
-from longspan.spec.claims import DTYPES
+from longspan.spec.backend import DTYPES
 from longspan.spec.device import Device
 
 __all__ = ["check_room", "check_seed", "choose_device", "choose_dtype", "describe", "room"]

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from longspan.lowering.dense import lower
-from longspan.patterns.topk.pattern import TopKBlocks
-from longspan.patterns.topk.stand_in import stand_in
+from longspan.patterns.topk.pattern import TopKBlocks, stand_in
 from longspan.spec.problem import Problem
 
 __all__ = ["START", "growth", "prefixes", "reach"]

@@ -22,8 +22,7 @@ from attrs import asdict, evolve, frozen
 
 from longspan.errors import PluginError, PluginWarning
 from longspan.registry.discovery import Registry
-from longspan.registry.entries import Entry
-from longspan.registry.loading import Loader
+from longspan.registry.loading import Entry, Loader
 from longspan.spec.backend import BackendInfo
 from longspan.spec.device import Device
 from longspan.tools.doctor.usability import Unusable, unusable

@@ -10,8 +10,7 @@ from attrs import evolve, frozen
 from longspan.errors import PluginWarning
 from longspan.registry import quarantine
 from longspan.registry.discovery import Registry, registry
-from longspan.registry.entries import Entry
-from longspan.registry.loading import Loader
+from longspan.registry.loading import Entry, Loader
 from longspan.spec.backend import BackendInfo
 from longspan.spec.device import Device
 from longspan.tools.doctor.isolation import Apart, import_apart
