@@ -31,8 +31,7 @@ from longspan.memory.cache import PatternCache, pattern_cache
 from longspan.memory.cache_entry import CacheStats
 from longspan.memory.folders import cache_folder
 from longspan.memory.workspace import Allocator, Workspace
-from longspan.numerics import blockwise
-from longspan.numerics import nonfinite as containment
+from longspan.numerics import blockwise, nonfinite
 from longspan.numerics.dropout import Dropout
 from longspan.numerics.merge import merge_
 from longspan.patterns.blocks.builders import (
@@ -70,7 +69,9 @@ from longspan.spec.problem import Problem
 from longspan.spec.resolution import Resolution, Verdict
 
 if _TYPE_CHECKING:
-    from longspan import testing
+    from longspan import plugin, testing
+
+containment = nonfinite  # as it was called before
 
 backends = _registry.backends
 refresh = _registry.refresh
@@ -81,9 +82,9 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> _Any:
-    """`longspan.testing`, imported when it is first used."""
-    if name == "testing":
-        return _import_module("longspan.testing")
+    """`longspan.plugin` and `longspan.testing`, imported when they are first used."""
+    if name in ("plugin", "testing"):
+        return _import_module(f"longspan.{name}")
     raise AttributeError(f"module 'longspan' has no attribute {name!r}")
 
 
@@ -151,10 +152,12 @@ __all__ = [
     "local_blocks",
     "longformer",
     "merge_",
+    "nonfinite",
     "parse_pattern",
     "pattern_cache",
     "per_head",
     "plan",
+    "plugin",
     "random_blocks",
     "refresh",
     "register",

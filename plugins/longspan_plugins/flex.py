@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan import Capabilities, Kernel, Problem, Reason, SlidingWindow, hookimpl
+from longspan.plugin import Capabilities, Kernel, Problem, Reason, SlidingWindow, hookimpl
 
 SCORES = 2**26
 """Query-key pairs, over batch and heads, that are held at once on a CPU."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan import Capabilities, Kernel, Problem, Reason, hookimpl, merge_
+from longspan.plugin import Capabilities, Kernel, Problem, Reason, hookimpl, merge_
 from longspan_plugins import cpu_fused, sdpa
 
 TILE_BYTES = 8 * 2**20

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from longspan import Capabilities, Kernel, Problem, blockwise, hookimpl
+from longspan.plugin import Capabilities, Kernel, Problem, blockwise, hookimpl
 
 
 @hookimpl

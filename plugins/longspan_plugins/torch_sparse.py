@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from longspan import Capabilities, Kernel, Problem, Reason, hookimpl
+from longspan.plugin import Capabilities, Kernel, Problem, Reason, hookimpl
 
 PAIRS = 2**25
 """Pairs of one head that are kept at once."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan import Capabilities, Kernel, Problem, Reason, hookimpl, install_line
+from longspan.plugin import Capabilities, Kernel, Problem, Reason, hookimpl, install_line
 
 SEEN = 128
 """Length at which a problem is shown to xformers when it is asked what it refuses: no answer depends on it."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan import BlockLayout, Capabilities, Kernel, Problem, Reason, containment, hookimpl
+from longspan.plugin import BlockLayout, Capabilities, Kernel, Problem, Reason, hookimpl, nonfinite
 
 SCORES = 2**28
 """Query-key pairs that one launch may hold."""
@@ -65,9 +65,9 @@ def _dense_kernel(problem: Problem) -> Kernel:
         weights = scores.softmax(-1)
         lse = scores.amax(-1).sub_(weights.amax(-1).log_())
         tainted = is_causal and not math.isfinite(v.sum())  # a masked weight of 0 times NaN is NaN
-        out = torch.bmm(weights, containment.without(v, ~v.isfinite()) if tainted else v).view(query.shape)
+        out = torch.bmm(weights, nonfinite.without(v, ~v.isfinite()) if tainted else v).view(query.shape)
         if tainted:
-            out = containment.add_taint(out, value)
+            out = nonfinite.add_taint(out, value)
         return out.to(query.dtype), lse.view(query.shape[:3])
 
     def run(
@@ -85,9 +85,9 @@ def _dense_kernel(problem: Problem) -> Kernel:
         dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         found = run(dout, query, key, value, out, lse)
-        if not is_causal or containment.is_finite(*found):  # else hidden weights of 0 were multiplied with NaN
+        if not is_causal or nonfinite.is_finite(*found):  # else hidden weights of 0 were multiplied with NaN
             return found
-        return containment.backward(run, dout, query, key, value, out, lse, scale=scale, mask=None)
+        return nonfinite.backward(run, dout, query, key, value, out, lse, scale=scale, mask=None)
 
     return Kernel(forward, backward, ("aten::baddbmm", "aten::bmm"))
 

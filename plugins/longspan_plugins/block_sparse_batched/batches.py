@@ -8,7 +8,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from longspan import BlockCSR, BlockLayout
+from longspan.plugin import BlockCSR, BlockLayout
 
 __all__ = ["Batch", "batches_of"]
 

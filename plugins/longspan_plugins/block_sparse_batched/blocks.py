@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan import BlockLayout, Kernel, Problem, containment
+from longspan.plugin import BlockLayout, Kernel, Problem, nonfinite
 from longspan_plugins.block_sparse_batched.batches import Batch, batches_of
 
 __all__ = ["block_kernel"]
@@ -71,7 +71,7 @@ def _attend(batch: Batch, query: Tensor, key: Tensor, value: Tensor, scale: floa
     """`(lines, size, head_dim)` and `(lines, size)` of tensors `(tokens, head_dim)`."""
     q, k, v = _rows(batch, query), _keys(batch, key), _keys(batch, value)
     out, lse = _products(batch, q, k, v, scale)
-    if batch.masks is not None and not (math.isfinite(out.sum()) or containment.is_finite(out)):
+    if batch.masks is not None and not (math.isfinite(out.sum()) or nonfinite.is_finite(out)):
         # One head of many lines, for the core's arithmetic.
         def run(*tensors: Tensor) -> tuple[Tensor, Tensor]:
             clean = [x.squeeze(1) for x in tensors]
@@ -80,7 +80,7 @@ def _attend(batch: Batch, query: Tensor, key: Tensor, value: Tensor, scale: floa
 
         mask = _bias(batch).unsqueeze(1) == 0
         given = [x.unsqueeze(1) for x in (q, k, v)]
-        out, lse = containment.forward(run, given[0], given[1], given[2], scale=scale, mask=mask)
+        out, lse = nonfinite.forward(run, given[0], given[1], given[2], scale=scale, mask=mask)
         out, lse = out.squeeze(1), lse.squeeze(1)
     if batch.empty is not None:
         out.masked_fill_(batch.empty.unsqueeze(-1), 0.0)
@@ -113,7 +113,7 @@ def _gradients(
 
     usable = line.masked_fill(line == -math.inf, math.inf)  # for weights of 0: -inf - -inf would be NaN
     found = run(do, q, k, v, o, usable)
-    if batch.masks is None or containment.is_finite(*found):
+    if batch.masks is None or nonfinite.is_finite(*found):
         return found
 
     def apart(*tensors: Tensor) -> Gradients:
@@ -124,7 +124,7 @@ def _gradients(
     if batch.empty is not None:
         mask &= ~batch.empty.unsqueeze(-1)
     given = (x.unsqueeze(1) for x in (do, q, k, v, o, line))
-    dq, dk, dv = containment.backward(apart, *given, scale=scale, mask=mask.unsqueeze(1))
+    dq, dk, dv = nonfinite.backward(apart, *given, scale=scale, mask=mask.unsqueeze(1))
     return dq.squeeze(1), dk.squeeze(1), dv.squeeze(1)
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from attrs import evolve
 
-from longspan import Capabilities, Kernel, Problem, Reason, hookimpl, refresh
+from longspan import refresh
+from longspan.plugin import Capabilities, Kernel, Problem, Reason, hookimpl
 
 
 @hookimpl

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longspan import BlockCSR, BlockSparse, Problem
+from longspan.plugin import BlockCSR, BlockSparse, Problem
 from longspan_plugins.cpu_fused.program import FAR, TILE, Part, Program, Span, assemble, columns, spans
 
 __all__ = ["block_program", "packed"]

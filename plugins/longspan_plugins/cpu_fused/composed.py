@@ -12,7 +12,7 @@ import torch
 from attrs import evolve
 from torch import Tensor
 
-from longspan import Kernel, Problem, containment
+from longspan.plugin import Kernel, Problem, nonfinite
 from longspan_plugins import pascal_fp32, sdpa
 
 __all__ = ["kernel"]
@@ -46,12 +46,12 @@ class _Tiles:
         self._is_causal, self._scale = problem.is_causal, problem.scale
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        if not self._is_causal or containment.is_finite(value):
+        if not self._is_causal or nonfinite.is_finite(value):
             return self._attend(query, key, value)
         # A masked weight of 0 times NaN is NaN: attend to the finite values, in the same memory layout.
-        out, lse = self._attend(query, key, containment.without(value, ~value.isfinite()))
+        out, lse = self._attend(query, key, nonfinite.without(value, ~value.isfinite()))
         group = query.shape[1] // key.shape[1]
-        return containment.add_taint(out, value.repeat_interleave(group, 1)), lse
+        return nonfinite.add_taint(out, value.repeat_interleave(group, 1)), lse
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         product: Any = torch.ops.mkldnn._linear_pointwise  # x @ w.T

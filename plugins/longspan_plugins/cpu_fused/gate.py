@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from longspan import ArgumentError, LongspanError, Problem
+from longspan.plugin import ArgumentError, LongspanError, Problem
 
 __all__ = ["Passed", "check_made", "passed", "passed_inputs", "plain"]
 

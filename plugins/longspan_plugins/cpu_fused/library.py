@@ -27,7 +27,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from longspan import compiled
+from longspan.plugin import compiled
 from longspan_plugins.cpu_fused.binding import WORDS
 from longspan_plugins.cpu_fused.gate import check_made
 

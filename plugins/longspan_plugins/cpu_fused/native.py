@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import profiler
 
-from longspan import ArgumentError, Dropout, Kernel, Problem
+from longspan.plugin import ArgumentError, Dropout, Kernel, Problem
 from longspan_plugins.cpu_fused.binding import bits, run
 from longspan_plugins.cpu_fused.gate import Passed, check_made, passed, passed_inputs
 from longspan_plugins.cpu_fused.library import Library

@@ -15,7 +15,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from longspan import BlockSparse, Dense, Dilated, LongspanError, Problem, SlidingWindow
+from longspan.plugin import BlockSparse, Dense, Dilated, LongspanError, Problem, SlidingWindow
 from longspan_plugins.cpu_fused.library import Library
 from longspan_plugins.cpu_fused.table import Table
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from attrs import evolve
 
-from longspan import Capabilities, Kernel, Problem, Reason, hookimpl, install_line
+from longspan.plugin import Capabilities, Kernel, Problem, Reason, hookimpl, install_line
 from longspan_plugins.flash import fa2, fa3, fa4
 from longspan_plugins.flash.library import Library
 

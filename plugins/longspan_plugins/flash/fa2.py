@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from longspan import Kernel, Problem
+from longspan.plugin import Kernel, Problem
 from longspan_plugins.flash.library import Library
 from longspan_plugins.flash.package import kernel_of
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 from attrs import frozen
 
-from longspan import Kernel, Problem
+from longspan.plugin import Kernel, Problem
 
 __all__ = ["Library"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan import Kernel, Problem
+from longspan.plugin import Kernel, Problem
 
 __all__ = ["kernel_of"]
 

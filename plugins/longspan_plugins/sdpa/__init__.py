@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan import Capabilities, Kernel, Problem, Reason, blockwise, hookimpl
+from longspan.plugin import Capabilities, Kernel, Problem, Reason, blockwise, hookimpl
 from longspan_plugins.sdpa import cpu, cuda
 
 

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan import containment
-from longspan.numerics.nonfinite import is_finite
+from longspan.plugin import nonfinite
 
 __all__ = ["backward", "forward"]
 
@@ -36,10 +35,12 @@ def forward(
     query, key, value = map(_apart, (query, key, value))
     out, lse = _flash(query, key, value, 0.0, is_causal, scale=scale)
     group = query.shape[1] // key.shape[1]
-    if is_causal and not is_finite(out):  # the operator multiplies masked weights, and 0 times NaN is NaN
-        out, lse = _flash(query, key, containment.without(value, ~value.isfinite()), 0.0, True, scale=scale)
-        out = containment.add_taint(out, value.repeat_interleave(group, 1))
-    if not lse.all() and not (is_finite(query) and is_finite(key)):  # it makes rows whose scores are all NaN zero
+    if is_causal and not nonfinite.is_finite(out):  # the operator multiplies masked weights, and 0 times NaN is NaN
+        out, lse = _flash(query, key, nonfinite.without(value, ~value.isfinite()), 0.0, True, scale=scale)
+        out = nonfinite.add_taint(out, value.repeat_interleave(group, 1))
+    if not lse.all() and not (
+        nonfinite.is_finite(query) and nonfinite.is_finite(key)
+    ):  # it makes rows whose scores are all NaN zero
         bad = (~key.isfinite()).any(-1).repeat_interleave(group, 1)
         seen = bad.cummax(-1).values if is_causal else bad.any(-1, keepdim=True)
         zeroed = (lse == 0) & ((~query.isfinite()).any(-1) | seen)
@@ -71,8 +72,8 @@ def backward(
         return _gradients(*tensors, is_causal=is_causal, scale=scale)
 
     result = run(dout, query, key, value, out, lse)
-    if is_causal and not is_finite(*result):
-        return containment.backward(run, dout, query, key, value, out, lse, scale=scale, mask=None)
+    if is_causal and not nonfinite.is_finite(*result):
+        return nonfinite.backward(run, dout, query, key, value, out, lse, scale=scale, mask=None)
     return result
 
 
@@ -131,9 +132,9 @@ def _masked(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tenso
 
     query, key, value = map(_aligned, (query, key, value))
     out, lse = run(query, key, value)
-    if is_finite(out, query, key, value) and not bool(lse.isnan().any()):
+    if nonfinite.is_finite(out, query, key, value) and not bool(lse.isnan().any()):
         return out, lse
-    return containment.forward(run, query, key, value, scale=scale, mask=mask == 0)
+    return nonfinite.forward(run, query, key, value, scale=scale, mask=mask == 0)
 
 
 def _masked_backward(
@@ -144,9 +145,9 @@ def _masked_backward(
 
     dout, query, key, value, out, lse = map(_aligned, (dout, query, key, value, out, lse))
     found = run(dout, query, key, value, out, lse.masked_fill(lse == -math.inf, math.inf))  # for weights of 0
-    if is_finite(*found):
+    if nonfinite.is_finite(*found):
         return found
-    return containment.backward(run, dout, query, key, value, out, lse, scale=scale, mask=mask == 0)
+    return nonfinite.backward(run, dout, query, key, value, out, lse, scale=scale, mask=mask == 0)
 
 
 def _apart(tensor: Tensor) -> Tensor:

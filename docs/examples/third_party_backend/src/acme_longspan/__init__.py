@@ -4,7 +4,7 @@ The first line above is what `longspan backends` shows. Import nothing heavy her
 backends are listed, on machines without your kernel's library too.
 """
 
-from longspan import Capabilities, Kernel, Problem, hookimpl
+from longspan.plugin import Capabilities, Kernel, Problem, hookimpl
 
 
 @hookimpl

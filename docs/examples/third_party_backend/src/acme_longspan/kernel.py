@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longspan import Kernel
-from longspan.numerics.blockwise import taint
+from longspan.plugin import Kernel, blockwise
 
 
 def make_kernel(*, is_causal: bool, scale: float) -> Kernel:
@@ -39,7 +38,7 @@ def make_kernel(*, is_causal: bool, scale: float) -> Kernel:
         lse = scores.logsumexp(-1)  # natural logarithm; kernels that use base 2 multiply by ln 2
         out = (scores - lse[..., None]).exp() @ visible(v)
         if is_causal:
-            out = out + taint(v)  # a NaN reaches the rows that see it, and no others
+            out = out + blockwise.taint(v)  # a NaN reaches the rows that see it, and no others
         return out.to(query.dtype), lse
 
     def backward(
