@@ -415,6 +415,7 @@ def test_files_that_are_none_of_ours(tmp_path):
     safetensors.save_file({"a": torch.ones(3)}, tmp_path / "earlier", metadata={**release, "layouts": "[]"})
     row = b'[["sdpa", "longspan 1", {"class": "os:system", "fields": {"command": "true"}}, null]]'
     (tmp_path / "evil").write_bytes(cache_file._joined(row, safetensors.save({})))
+    (tmp_path / "second").write_bytes(cache_file._joined(b"[]", safetensors.save({})).replace(b"3", b"2", 1))
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     for name, why in (
@@ -422,6 +423,7 @@ def test_files_that_are_none_of_ours(tmp_path):
         ("text", "none of longspan's"),
         ("other", "none of longspan's"),
         ("earlier", "was written by an earlier longspan, without a digest"),
+        ("second", "was written by an earlier longspan, whose classes stood in other modules"),
         ("evil", "cannot be read: ValueError: os is not the core's"),
         ("folder", "is no file"),
         ("pipe", "is no file"),

@@ -32,7 +32,8 @@ from longspan.spec.installing import extra_line
 
 __all__ = ["load", "save"]
 
-FORM = b"longspan layouts 2"
+FORM = b"longspan layouts 3"
+SECOND = b"longspan layouts 2"
 EARLIER = b'{"__metadata__":{'
 """How a file of the first form begins, after the eight bytes of its header's length."""
 PACKAGE = "longspan."
@@ -121,6 +122,8 @@ def _parted(data: bytes) -> tuple[str, bytes, bytes]:
         _Damaged: it is none, of an earlier form, or some of its bytes changed.
     """
     form, *lines = data.split(b"\n", 4)
+    if form == SECOND:
+        raise _Damaged("was written by an earlier longspan, whose classes stood in other modules")
     if form != FORM:
         if data[8:].startswith(EARLIER) and b'"layouts":' in data:
             raise _Damaged("was written by an earlier longspan, without a digest")
