@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
-pytest_plugins = ["longspan.testing.pytest_plugin"]
+import longspan as ls
+
+pytest_plugins = ["longspan.testing.pytest_plugin", "starts"]
 
 COMPUTING = {
     "test_attention_exact.py",
@@ -20,6 +24,9 @@ COMPUTING = {
     "test_no_leak.py",
 }
 """The files whose subject is what attention computes. The others choose backends themselves, or need none."""
+
+MANY_THREADS = {"conformance", "docs", "sanitizers", "thirdparty"}
+"""The folders whose tests take as many threads as torch does."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,3 +43,44 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = [item for item in items if Path(item.path).name in COMPUTING]
     config.hook.pytest_deselected(items=[item for item in items if Path(item.path).name not in COMPUTING])
     items[:] = kept
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread(request):
+    """Thousands of small tensors: on a busy machine, threads that wait for one another cost minutes."""
+    if request.path.parent.name in MANY_THREADS:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def register():
+    """`ls.register(plugin, name)` that returns the name, undone at the end."""
+    names = []
+
+    def add(plugin, name):
+        ls.register(plugin, name=name)
+        names.append(name)
+        return name
+
+    yield add
+    for name in reversed(names):
+        ls.unregister(name)
+
+
+@pytest.fixture
+def give_away(monkeypatch):
+    """`give_away(path)`: it belongs to another user from then on, or seems to where that takes root."""
+
+    def give(path):
+        try:
+            os.chown(path, 4242, -1)
+        except PermissionError:
+            another = os.geteuid() + 1
+            monkeypatch.setattr(os, "geteuid", lambda: another)
+
+    return give

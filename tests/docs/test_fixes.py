@@ -54,14 +54,14 @@ ELSEWHERE = {
     "pacman -S --noconfirm gcc": "for another system",
     "apk add gcc musl-dev": "for another system",
     "xcode-select --install": "for another system",
-    "longspan doctor --release {self.name}": "needs a plugin that crashed: tests/core/test_quarantine.py runs it",
-    "longspan doctor --release {row.name}": "needs a plugin that crashed: tests/core/test_quarantine.py runs it",
-    "longspan doctor --isolate --timeout {10 * timeout}": "starts ten interpreters: tests/core/test_doctor.py runs it",
+    "longspan doctor --release {self.name}": "needs a plugin that crashed: tests/registry/test_quarantine.py runs it",
+    "longspan doctor --release {row.name}": "needs a plugin that crashed: tests/registry/test_quarantine.py runs it",
+    "longspan doctor --isolate --timeout {10 * timeout}": "starts ten interpreters: tests/tools/test_doctor.py runs it",
     "pip install --force-reinstall torch": "downloads torch for a GPU",
     "pip install --upgrade torch": "downloads torch for a GPU",
     "pip install --force-reinstall torch --index-url {OLD_GPUS}": "downloads torch for a GPU",
     "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/rocm6.4": "downloads torch",
-    "longspan bench --profile": "measures for minutes: tests/core/test_profile.py reads what it writes",
+    "longspan bench --profile": "measures for minutes: tests/registry/test_profile.py reads what it writes",
     "python -m xformers.info": "needs xformers",
 }
 """Lines that are not typed here, and why."""

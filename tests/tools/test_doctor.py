@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_quarantine import GOOD, Starts, server, starts  # noqa: F401 - fixtures
 
 import longspan as ls
 from longspan import Capabilities, Device, Reason
@@ -21,6 +20,7 @@ from longspan.spec.installing import pip
 from longspan.spec.resolution import Candidate
 from longspan.tools.doctor import gpus, machine, settings, unusable
 from longspan.tools.doctor.settings import in_environment, readable
+from starts import GOOD, Starts
 
 PIP = pip()
 BUILTIN = {
@@ -47,7 +47,7 @@ def the_one(found):
 # --- where all is well ----------------------------------------------------------------------------------------------
 
 
-def test_a_healthy_installation(starts):  # noqa: F811
+def test_a_healthy_installation(starts):
     done = starts.cli("doctor", "--json")
     report = done.json
     assert (done.code, report["ok"], lines(report)) == (0, True, {})
@@ -70,7 +70,7 @@ def test_a_healthy_installation(starts):  # noqa: F811
 
 
 @CPU_ONLY
-def test_what_is_of_no_use_here_is_no_fault(starts):  # noqa: F811
+def test_what_is_of_no_use_here_is_no_fault(starts):
     report = starts.cli("doctor", "--json").json
     useless = {one["backend"]: one for one in report["unusable"]}
     assert set(useless) == {"flash", "xformers"}
@@ -83,7 +83,7 @@ def test_what_is_of_no_use_here_is_no_fault(starts):  # noqa: F811
     assert report["ok"] is True
 
 
-def test_the_table_says_it_all(starts):  # noqa: F811
+def test_the_table_says_it_all(starts):
     done = starts.cli("doctor", COLUMNS="300")
     assert done.code == 0
     assert done.stderr == ""
@@ -97,7 +97,7 @@ def test_the_table_says_it_all(starts):  # noqa: F811
 
 
 @pytest.fixture
-def crowd(starts):  # noqa: F811
+def crowd(starts):
     starts.install("lib", "raise OSError('libfoo.so: cannot open')")
     starts.install("exits", "sys.exit(3)")
     starts.install("twice", dist="acme-one")
@@ -167,7 +167,7 @@ DYING = ("recovered", "crash", "leaves", "exits", "hangs")
 
 
 @pytest.fixture(scope="module")
-def apart(server, tmp_path_factory):  # noqa: F811
+def apart(server, tmp_path_factory):
     """A report with `--isolate` over every way to die; what the reporting process had imported; how the run went."""
     here = Starts(server, tmp_path_factory.mktemp("apart"))
     here.install("recovered", "if 'MENDED' not in os.environ: os.abort()")
@@ -263,7 +263,7 @@ def test_neither_a_hang_nor_what_it_started_holds_it_up(apart):
     "words",
     ["--timeout 5", "--isolate --timeout 0", "--isolate --timeout -1", "--isolate --release x"],
 )
-def test_options_that_do_not_fit_are_refused(starts, words):  # noqa: F811
+def test_options_that_do_not_fit_are_refused(starts, words):
     done = starts.cli("doctor", *words.split())
     assert (done.code, done.stdout) == (2, "")
     assert "Next:" in done.stderr
@@ -272,7 +272,7 @@ def test_options_that_do_not_fit_are_refused(starts, words):  # noqa: F811
 # --- the environment ------------------------------------------------------------------------------------------------
 
 
-def test_variables_that_cannot_be_read_are_shown(starts):  # noqa: F811
+def test_variables_that_cannot_be_read_are_shown(starts):
     starts.install("fine")
     unread = {
         "LONGSPAN_BACKEND": "a,b", "LONGSPAN_PREFER": "a|b", "LONGSPAN_STRICT": "perhaps",
@@ -307,14 +307,14 @@ def test_variables_that_cannot_be_read_are_shown(starts):  # noqa: F811
         ({"LONGSPAN_BACKEND": "fine", "LONGSPAN_BLOCK": "fine"}, True, "unset LONGSPAN_BACKEND"),
     ],
 )
-def test_names_that_nobody_has(starts, variables, broken, line):  # noqa: F811
+def test_names_that_nobody_has(starts, variables, broken, line):
     starts.install("fine")
     done = starts.cli("doctor", "--json", **variables)
     assert done.code == int(broken)
     assert the_one(lines(done.json, broken).values()) == [line]
 
 
-def test_names_that_somebody_has_are_no_fault(starts):  # noqa: F811
+def test_names_that_somebody_has_are_no_fault(starts):
     starts.install("fine")
     for plugins in ("builtin,fine", "builtin,acme_fine", "builtin,Acme.Fine"):
         variables = {
@@ -329,7 +329,7 @@ def test_names_that_somebody_has_are_no_fault(starts):  # noqa: F811
 
 
 @CPU_ONLY
-def test_asking_for_what_is_of_no_use_here_is_a_fault(starts):  # noqa: F811
+def test_asking_for_what_is_of_no_use_here_is_a_fault(starts):
     done = starts.cli("doctor", "--json", LONGSPAN_BACKEND="flash")
     assert done.code == 1
     (what,) = lines(done.json)
@@ -532,7 +532,7 @@ def test_a_gpu_that_torch_cannot_use_is_listed_with_the_line(two_gpus, monkeypat
 # --- CUDA, threads, forks, spawned processes ------------------------------------------------------------------------
 
 
-def test_sixteen_threads_at_once_then_a_fork(starts):  # noqa: F811
+def test_sixteen_threads_at_once_then_a_fork(starts):
     starts.install("fine")
     starts.install("broken", "raise OSError('gone')")
     code = """
@@ -562,7 +562,7 @@ def test_sixteen_threads_at_once_then_a_fork(starts):  # noqa: F811
     assert starts.files == []
 
 
-def test_a_spawned_process_after_it(starts):  # noqa: F811
+def test_a_spawned_process_after_it(starts):
     starts.install("fine")
     code = """
         import multiprocessing

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_block_sparse import patterns, single
 
 import longspan as ls
+from drawn import patterns, single
 from longspan import blockwise
 from longspan.lowering import cost
 from longspan.lowering.blocks import BlockLayout

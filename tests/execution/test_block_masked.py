@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_block_execution import BUILT, check
-from test_block_sparse import patterns
 
 import longspan as ls
+from drawn import patterns
 from longspan.lowering import cost, masked
 from longspan.lowering.cost import Costs
 from longspan.lowering.dense import lay_blocks
