@@ -363,7 +363,7 @@ def test_rows_run_in_groups_not_one_by_one():
         groups = [job.group for job in made._runner._jobs]
         assert len(groups) == 5  # four rows whose window is cut off by the start, and all others
         assert groups[-1].count == n // 128 - 4
-        full = [one for one in groups[-1].columns if one.tiles is None]
+        full = [one for one in groups[-1].columns if one.mask_ids is None]
         assert [one.run is not None for one in full] == [True]
 
 

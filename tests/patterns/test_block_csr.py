@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import longspan as ls
-from longspan.patterns.blocks.masks import Tiles
+from longspan.patterns.blocks.masks import MaskTable
 
 DIAGONAL = torch.ones(4, 4, dtype=torch.bool).tril()
 OUTSIDE = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]).bool()
@@ -25,7 +25,7 @@ def layout(**changes):
         "kv_len": 6,
         "indptr": torch.tensor([0, 2, 2, 3]),
         "indices": torch.tensor([0, 1, 1], dtype=torch.int32),
-        "tiles": torch.tensor([1, 0, 0], dtype=torch.int32),
+        "mask_ids": torch.tensor([1, 0, 0], dtype=torch.int32),
         "masks": DIAGONAL[None],
     }
     return ls.BlockCSR(**(fields | changes))
@@ -59,17 +59,17 @@ REFUSED = {
     "indices: got column 1 twice in block row 0": {"indices": torch.tensor([1, 1, 1])},
     "indices: got 2; want block columns from 0 to 1": {"indices": torch.tensor([0, 2, 1])},
     "indices: got -1": {"indices": torch.tensor([-1, 1, 1])},
-    "tiles: got 2 numbers": {"tiles": torch.tensor([1, 0])},
-    "tiles: got 2; want 0 for a full block or 1 to 1": {"tiles": torch.tensor([1, 0, 2])},
-    "tiles: got -1": {"tiles": torch.tensor([1, 0, -1])},
-    "tiles: got torch.bool": {"tiles": torch.tensor([True, False, False])},
+    "mask_ids: got 2 numbers": {"mask_ids": torch.tensor([1, 0])},
+    "mask_ids: got 2; want 0 for a full block or 1 to 1": {"mask_ids": torch.tensor([1, 0, 2])},
+    "mask_ids: got -1": {"mask_ids": torch.tensor([1, 0, -1])},
+    "mask_ids: got torch.bool": {"mask_ids": torch.tensor([True, False, False])},
     "masks: got torch.float32": {"masks": DIAGONAL[None].float()},
     "masks: got list": {"masks": [[True]]},
     r"masks: got shape \(4, 4\)": {"masks": DIAGONAL},
     r"masks: got shape \(1, 4, 5\)": {"masks": torch.ones(1, 4, 5, dtype=torch.bool)},
     r"masks: got block \(0, 0\), which keeps no pair": {"masks": torch.zeros(1, 4, 4, dtype=torch.bool)},
     r"masks: got block \(2, 1\), which keeps no pair": {
-        "tiles": torch.tensor([0, 0, 1]),
+        "mask_ids": torch.tensor([0, 0, 1]),
         "masks": OUTSIDE[None],
     },
     "q_len: got -1": {"q_len": -1},
@@ -93,12 +93,12 @@ def test_one_true_form_whatever_was_given():
     every = torch.ones(4, 4, dtype=torch.bool)
     edge = torch.zeros(4, 4, dtype=torch.bool)
     edge[:2, :2] = True
-    given = layout(tiles=torch.tensor([4, 2, 3]), masks=torch.stack([~DIAGONAL, every, edge, DIAGONAL, DIAGONAL]))
+    given = layout(mask_ids=torch.tensor([4, 2, 3]), masks=torch.stack([~DIAGONAL, every, edge, DIAGONAL, DIAGONAL]))
     assert given == layout() and hash(given) == hash(layout())
-    assert given.tiles.tolist() == [1, 0, 0]
+    assert given.mask_ids.tolist() == [1, 0, 0]
     outside = DIAGONAL.clone()
     outside[:2, :2] = torch.tensor([[True, False], [True, True]])
-    ragged = layout(tiles=torch.tensor([0, 0, 1]), masks=outside[None])
+    ragged = layout(mask_ids=torch.tensor([0, 0, 1]), masks=outside[None])
     cut = torch.zeros(4, 4, dtype=torch.bool)
     cut[:2, :2] = outside[:2, :2]
     assert torch.equal(ragged.masks, cut[None])
@@ -114,7 +114,7 @@ def test_layouts_are_values():
         layout(kv_len=7),
         layout(q_len=11),
         layout(q_len=8, query_offset=2),
-        layout(tiles=torch.tensor([0, 0, 0])),
+        layout(mask_ids=torch.tensor([0, 0, 0])),
         layout(masks=~DIAGONAL[None]),
         layout(indices=torch.tensor([0, 1, 0])),
         layout(indptr=torch.tensor([0, 2, 3, 3])),
@@ -153,27 +153,27 @@ def test_masks_are_kept_once_however_many_are_added(size, monkeypatch):
     distinct = torch.rand(50, size, size) < 0.5
     masks = distinct[torch.randint(50, (400,))]
     for weights in (None, 0):  # and again where every sum collides, so that the digests must tell them apart
-        tiles = Tiles(size)
+        table = MaskTable(size)
         if weights is not None:
-            monkeypatch.setattr(tiles, "_weights", torch.zeros(-(-size * size // 8), dtype=torch.int64))
-        states = tiles.add(masks)
-        assert tiles.count == len({mask.flatten().numpy().tobytes() for mask in masks})
-        assert torch.equal(tiles.expand(states), masks)
-        assert torch.equal(tiles.add(masks.flip(0)), states.flip(0))
+            monkeypatch.setattr(table, "_weights", torch.zeros(-(-size * size // 8), dtype=torch.int64))
+        states = table.add(masks)
+        assert table.count == len({mask.flatten().numpy().tobytes() for mask in masks})
+        assert torch.equal(table.expand(states), masks)
+        assert torch.equal(table.add(masks.flip(0)), states.flip(0))
 
 
 def test_operations_on_states_are_those_on_masks():
     torch.manual_seed(1)
-    tiles = Tiles(2)
+    table = MaskTable(2)
     masks = (torch.arange(16)[:, None] >> torch.arange(4) & 1).bool().view(16, 2, 2)
-    states = tiles.add(masks)
+    states = table.add(masks)
     a, b = states.repeat_interleave(16), states.repeat(16)
     x, y = masks.repeat_interleave(16, 0), masks.repeat(16, 1, 1)
-    table = torch.cat([torch.zeros(1, 2, 2, dtype=torch.bool), torch.ones(1, 2, 2, dtype=torch.bool), tiles.masks])
-    assert torch.equal(table[tiles.meet(a, b) + 1], x & y)
-    assert torch.equal(table[tiles.join(a, b) + 1], x | y)
-    assert torch.equal(table[tiles.without(a, b) + 1], x & ~y)
-    assert tiles.count == 14
+    masks = torch.cat([torch.zeros(1, 2, 2, dtype=torch.bool), torch.ones(1, 2, 2, dtype=torch.bool), table.masks])
+    assert torch.equal(masks[table.meet(a, b) + 1], x & y)
+    assert torch.equal(masks[table.join(a, b) + 1], x | y)
+    assert torch.equal(masks[table.without(a, b) + 1], x & ~y)
+    assert table.count == 14
 
 
 # --- as a pattern -----------------------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def test_a_layout_with_a_query_offset():
 
 
 def test_layouts_for_each_head():
-    a, b = layout(), layout(tiles=torch.tensor([0, 0, 0]))
+    a, b = layout(), layout(mask_ids=torch.tensor([0, 0, 0]))
     pattern = ls.BlockSparse(4, (a, b, layout()))
     found = pattern.csr(10, 6, heads=3)
     assert found.layouts == (a, b) and found.of_head == (0, 1, 0)
@@ -218,7 +218,7 @@ def test_layouts_for_each_head():
     "given",
     [
         (),
-        layout(indptr=torch.tensor([0, 0, 0, 0]), indices=torch.empty(0, dtype=torch.int64), tiles=None),
+        layout(indptr=torch.tensor([0, 0, 0, 0]), indices=torch.empty(0, dtype=torch.int64), mask_ids=None),
         (layout(), layout(kv_len=7)),
         (layout(), "local:1,0"),
     ],

@@ -44,24 +44,24 @@ def test_listed_blocks_are_those_of_the_plain_predicate(pattern, shape):
 
 def assert_true_form(layout):
     """What kernels may rely on."""
-    assert (layout.indptr.dtype, layout.indices.dtype, layout.tiles.dtype) == (torch.int64, torch.int32, torch.int32)
+    assert (layout.indptr.dtype, layout.indices.dtype, layout.mask_ids.dtype) == (torch.int64, torch.int32, torch.int32)
     assert layout.masks.dtype == torch.bool and layout.masks.is_contiguous()
     dense = layout.to_dense()
     assert layout.pairs == int(dense.sum())
     assert layout.density == int(dense.sum()) / max(1, dense.numel())
     flat = {mask.flatten().numpy().tobytes() for mask in layout.masks}
     assert len(flat) == len(layout.masks), "a mask is stored twice"
-    used = [int(tile) for tile in layout.tiles if tile]
+    used = [int(number) for number in layout.mask_ids if number]
     assert list(dict.fromkeys(used)) == list(range(1, len(layout.masks) + 1)), "masks not in order of first use"
     size, start = layout.block_size, layout.query_offset - layout.first_row * layout.block_size
     rows = torch.repeat_interleave(torch.arange(layout.rows), layout.indptr.diff()).tolist()
-    for row, column, tile in zip(rows, layout.indices.tolist(), layout.tiles.tolist(), strict=True):
+    for row, column, mask_id in zip(rows, layout.indices.tolist(), layout.mask_ids.tolist(), strict=True):
         top = row * size - start
         block = dense[max(0, top) : top + size, column * size : (column + 1) * size]
         assert block.any(), "an empty block is stored"
-        assert (tile == 0) == bool(block.all()), "full blocks have tile 0, and only they"
+        assert (mask_id == 0) == bool(block.all()), "full blocks have mask id 0, and only they"
     again = ls.BlockCSR(
-        size, *dense.shape, layout.indptr, layout.indices, layout.tiles, layout.masks, layout.query_offset
+        size, *dense.shape, layout.indptr, layout.indices, layout.mask_ids, layout.masks, layout.query_offset
     )
     assert again == layout and hash(again) == hash(layout)
 
@@ -216,7 +216,7 @@ def test_layouts_are_made_on_the_cpu_whatever_the_default_device_is(name):
         assert made == want and made.pairs == want.pairs
         assert torch.equal(made.to_dense(), want.to_dense())
         assert torch.equal(LONG[name].to_dense(300), dense)
-        given = (want.block_size, 1000, 1000, want.indptr, want.indices, want.tiles, want.masks)
+        given = (want.block_size, 1000, 1000, want.indptr, want.indices, want.mask_ids, want.masks)
         assert ls.BlockCSR(*given) == want
 
 

@@ -93,7 +93,7 @@ def _attend(
         at = Keys(job, chunk, columns)
         k, v = at.read(key, scratch, "k"), at.read(value, scratch, "v")
         given = {} if draw is None else {"dropout": _dropout(draw, job, chunk, at, query)}
-        if columns.tiles is None:
+        if columns.mask_ids is None:
             found = steps[job.queries, columns.keys].forward(q, k, v, **given)
         else:  # a query in float32 gets its result in float32
             mask = _mask(job, chunk, columns, masks)
@@ -153,7 +153,7 @@ def run_block_backward(
                 there = Keys(job, chunk, columns)
                 given = {} if draw is None else {"dropout": _dropout(draw, job, chunk, there, query)}
                 k, v = there.read(key, scratch, "k"), there.read(value, scratch, "v")
-                if columns.tiles is None:
+                if columns.mask_ids is None:
                     run: Any = steps[job.queries, columns.keys].backward
                 else:
                     mask = _mask(job, chunk, columns, masks)
@@ -175,10 +175,10 @@ def run_block_backward(
 
 def _mask(job: Job, chunk: Chunk, columns: Columns, masks: Masks) -> Tensor:
     """The mask of a launch's partial blocks: `(1, rows or 1, queries, keys)` bool."""
-    assert columns.tiles is not None  # asked for only then
+    assert columns.mask_ids is not None  # asked for only then
     group = job.group
-    tiles = columns.tiles if len(columns.tiles) == 1 else columns.tiles[chunk.rows]
-    mask = masks[job.source][tiles, group.low : group.low + group.height]  # (rows, blocks, height, size)
+    mask_ids = columns.mask_ids if len(columns.mask_ids) == 1 else columns.mask_ids[chunk.rows]
+    mask = masks[job.source][mask_ids, group.low : group.low + group.height]  # (rows, blocks, height, size)
     mask = mask.transpose(1, 2).flatten(2)[..., : columns.keys].unsqueeze(0)
     return mask.repeat(1, 1, job.shared, 1) if job.folded and job.shared > 1 else mask
 

@@ -94,12 +94,12 @@ class BlockLayout:
 
 
 def _full(csr: BlockCSR) -> int:
-    return int((csr.tiles == FULL).sum())
+    return int((csr.mask_ids == FULL).sum())
 
 
 def _computed(csr: BlockCSR) -> tuple[int, int]:
     with torch.device("cpu"):
         low, high = csr.grid.row_spans()
         pairs = torch.repeat_interleave(high - low, csr.indptr.diff()) * csr.grid.column_spans()[csr.indices.long()]
-    full = int(pairs[csr.tiles == FULL].sum())
+    full = int(pairs[csr.mask_ids == FULL].sum())
     return full, int(pairs.sum()) - full

@@ -21,15 +21,15 @@ class Columns:
 
     `blocks` `(rows, n)` int64 are block columns, ascending. `tail` is how many keys of the last block follow, 0 where
     the row does not have it or it is whole. `run` says that the blocks of every row are adjacent and move regularly:
-    the first row's first block, and by how many blocks it moves from row to row. `tiles` `(rows or 1, n or n + 1)` are
-    the numbers of the masks, None for full blocks.
+    the first row's first block, and by how many blocks it moves from row to row. `mask_ids` `(rows or 1, n or n + 1)`
+    are the numbers of the masks, None for full blocks.
     """
 
     blocks: Tensor
     tail: int
     size: int
     run: tuple[int, int] | None
-    tiles: Tensor | None
+    mask_ids: Tensor | None
 
     @property
     def keys(self) -> int:
@@ -39,7 +39,7 @@ class Columns:
     @property
     def nbytes(self) -> int:
         """Bytes of the index."""
-        return self.blocks.nbytes + (0 if self.tiles is None else self.tiles.nbytes)
+        return self.blocks.nbytes + (0 if self.mask_ids is None else self.mask_ids.nbytes)
 
     def cut(self, most: int) -> Iterator[Columns]:
         """The same in parts of at most `most` blocks, so that what is gathered stays bounded."""
@@ -51,14 +51,14 @@ class Columns:
             stop = min(start + most, count)
             last = stop == count
             tail = self.tail if last else 0
-            tiles = None if self.tiles is None else self.tiles[:, start : stop + (last and self.tail > 0)]
+            mask_ids = None if self.mask_ids is None else self.mask_ids[:, start : stop + (last and self.tail > 0)]
             run = None if self.run is None else (self.run[0] + start, self.run[1])
-            yield Columns(self.blocks[:, start:stop], tail, self.size, run, tiles)
+            yield Columns(self.blocks[:, start:stop], tail, self.size, run, mask_ids)
 
     def to(self, device: torch.device) -> Columns:
         """The same with its index on a device."""
-        tiles = None if self.tiles is None else self.tiles.to(device)
-        return evolve(self, blocks=self.blocks.to(device), tiles=tiles)
+        mask_ids = None if self.mask_ids is None else self.mask_ids.to(device)
+        return evolve(self, blocks=self.blocks.to(device), mask_ids=mask_ids)
 
 
 @frozen(eq=False, repr=False)
@@ -120,9 +120,9 @@ class _Index:
         self.tail = span.keys % csr.block_size
         self.whole = span.keys // csr.block_size
         row = torch.repeat_interleave(torch.arange(csr.rows, dtype=torch.int64, device="cpu"), csr.indptr.diff())
-        column, tile = csr.indices.long(), csr.tiles.long()
-        at_tail, full = column >= self.whole, tile == FULL
-        self.full, self.partial = (_Kind(row, column, tile, at_tail, kind, csr.rows) for kind in (full, ~full))
+        column, mask_id = csr.indices.long(), csr.mask_ids.long()
+        at_tail, full = column >= self.whole, mask_id == FULL
+        self.full, self.partial = (_Kind(row, column, mask_id, at_tail, kind, csr.rows) for kind in (full, ~full))
 
     def kinds(self) -> Tensor:
         """`(rows, 6)`: what is alike in rows of one group."""
@@ -156,15 +156,15 @@ class _Index:
     def _columns(self, kind: _Kind, rows: Tensor) -> Columns:
         first = int(rows[0])
         place = kind.first[rows][:, None] + torch.arange(int(kind.counts[first]), dtype=torch.int64, device="cpu")
-        blocks, tiles = kind.columns[place], kind.tiles[place]
+        blocks, mask_ids = kind.columns[place], kind.mask_ids[place]
         tail = self.tail if int(kind.tails[first]) >= 0 else 0
         if tail:
-            tiles = torch.cat([tiles, kind.tails[rows][:, None]], dim=1)
+            mask_ids = torch.cat([mask_ids, kind.tails[rows][:, None]], dim=1)
         if kind.is_full:
             return Columns(blocks, tail, self.size, None if self.is_chosen else self._run(blocks, tail), None)
-        if bool((tiles == tiles[:1]).all()):
-            tiles = tiles[:1]
-        return Columns(blocks, tail, self.size, self._run(blocks, tail), tiles - 1)
+        if bool((mask_ids == mask_ids[:1]).all()):
+            mask_ids = mask_ids[:1]
+        return Columns(blocks, tail, self.size, self._run(blocks, tail), mask_ids - 1)
 
     def _run(self, blocks: Tensor, tail: int) -> tuple[int, int] | None:
         rows, count = blocks.shape
@@ -184,15 +184,15 @@ class _Index:
 class _Kind:
     """The full blocks of a layout, or the partial ones, but for the ragged last column, which is kept apart."""
 
-    def __init__(self, row: Tensor, column: Tensor, tile: Tensor, at_tail: Tensor, mine: Tensor, rows: int) -> None:
+    def __init__(self, row: Tensor, column: Tensor, mask_id: Tensor, at_tail: Tensor, mine: Tensor, rows: int) -> None:
         kept, last = mine & ~at_tail, mine & at_tail
-        self.is_full = bool((tile[mine] == FULL).all())
-        self.columns, self.tiles = column[kept], tile[kept]
+        self.is_full = bool((mask_id[mine] == FULL).all())
+        self.columns, self.mask_ids = column[kept], mask_id[kept]
         self.counts = torch.bincount(row[kept], minlength=rows)
         self.first = self.counts.cumsum(0) - self.counts
-        # the tile of the last column's block, -1 where a row lacks it
+        # the mask id of the last column's block, -1 where a row lacks it
         self.tails = torch.full((rows,), -1, dtype=torch.int64, device="cpu")
-        self.tails[row[last]] = tile[last]
+        self.tails[row[last]] = mask_id[last]
 
 
 def _step(rows: Tensor) -> int | None:

@@ -67,7 +67,7 @@ class Slab:
             row = torch.repeat_interleave(torch.arange(high - low, dtype=torch.int64, device="cpu"), ends.diff())
             column = csr.indices[entries].long() - self.columns.start
             mine = (column >= 0) & (column < self.columns.stop - self.columns.start)
-            row, column, states = row[mine], column[mine], csr.tiles[entries].long()[mine]
+            row, column, states = row[mine], column[mine], csr.mask_ids[entries].long()[mine]
             lines = torch.full(
                 (high - low, self.columns.stop - self.columns.start), -torch.inf, dtype=mask.dtype, device="cpu"
             )
@@ -75,10 +75,10 @@ class Slab:
             lines = lines.repeat_interleave(size, dim=1)[:, None]
             mixed = states != FULL
             partial, place = torch.unique(states[mixed] - 1, return_inverse=True)
-            tiles = torch.zeros(len(partial), size, size, dtype=mask.dtype, device="cpu")
-            tiles.masked_fill_(~csr.masks[partial], -torch.inf)
+            masks = torch.zeros(len(partial), size, size, dtype=mask.dtype, device="cpu")
+            masks.masked_fill_(~csr.masks[partial], -torch.inf)
         mask.view(high - low, size, -1).copy_(lines)  # rows of blocks, as if all that are kept were full
-        mask.view(high - low, size, -1, size).transpose(1, 2)[row[mixed], column[mixed]] = tiles[place]
+        mask.view(high - low, size, -1, size).transpose(1, 2)[row[mixed], column[mixed]] = masks[place]
         lead = max(0, csr.query_offset - csr.first_row * size - low * size)
         queries, keys = self.queries.stop - self.queries.start, self.keys.stop - self.keys.start
         return mask[None, None, lead : lead + queries, :keys]

@@ -38,7 +38,7 @@ class Chunk:
 class Job:
     """A group for some heads. `heads.count` is a multiple of `kv_heads.count`, in order of the key heads shared.
 
-    `source` is the document's number and that of its layout, whose masks the group's tiles mean.
+    `source` is the document's number and that of its layout, whose masks the group's mask ids mean.
     `folded`: the query heads that share a key head come as further rows of one dense problem; else keys are repeated.
     `forward` and `backward` are its launches.
     """
@@ -85,7 +85,7 @@ def dense_parts(problem: Problem, jobs: Sequence[Job]) -> dict[tuple[int, int], 
     found: dict[tuple[int, int], Problem] = {}
     for job in jobs:
         for columns in job.group.columns:
-            if columns.tiles is not None:
+            if columns.mask_ids is not None:
                 continue
             chunk = job.forward[0]
             lines = _size(chunk.kv_heads) * (1 if job.folded else job.shared)
@@ -120,7 +120,8 @@ def _job(problem: Problem, source: tuple[int, int], group: Group, heads: Heads, 
     pairs = max(one.keys for one in cut) * queries
     own = 2 * queries * problem.head_dim * item
     gathered = max((one.keys * token for one in cut if one.run is None), default=0)
-    tiles = max((one.keys * group.height for one in cut if one.tiles is not None and len(one.tiles) > 1), default=0)
+    masked = (part for part in cut if part.mask_ids is not None and len(part.mask_ids) > 1)
+    masks = max((part.keys * group.height for part in masked), default=0)
     every = max(one.keys for one in cut) * token
     return Job(
         source,
@@ -128,8 +129,8 @@ def _job(problem: Problem, source: tuple[int, int], group: Group, heads: Heads, 
         heads,
         kv_heads,
         folded,
-        tuple(_chunks(problem.batch, kv_heads.count, group.count, own + gathered, tiles, pairs)),
-        tuple(_chunks(problem.batch, kv_heads.count, group.count, 3 * own + gathered + every, tiles, pairs)),
+        tuple(_chunks(problem.batch, kv_heads.count, group.count, own + gathered, masks, pairs)),
+        tuple(_chunks(problem.batch, kv_heads.count, group.count, 3 * own + gathered + every, masks, pairs)),
     )
 
 

@@ -111,7 +111,7 @@ def _padded(csr: BlockCSR, first: int, head: int, rows: Tensor, most: int) -> tu
     place = csr.indptr[rows][:, None] + torch.arange(most, dtype=torch.int64, device="cpu")
     there = place < csr.indptr[rows + 1][:, None]
     place = torch.where(there, place, 0)
-    states = csr.tiles.long()[place]
+    states = csr.mask_ids.long()[place]
     states = torch.where(there, torch.where(states > 0, states - 1 + first, FULL), ABSENT)
     return torch.where(there, csr.indices.long()[place], 0) + head * csr.columns, states
 

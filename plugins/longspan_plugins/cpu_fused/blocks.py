@@ -41,15 +41,15 @@ def _copy(part: Part) -> Part:
 def _part(span: Span, csr: BlockCSR, first_mask: int) -> Part:
     size = csr.block_size
     rows = torch.repeat_interleave(torch.arange(csr.rows, dtype=torch.int64, device="cpu"), csr.indptr.diff())
-    cols, tiles = csr.indices.long(), csr.tiles.long()
-    full = tiles == 0
+    cols, mask_ids = csr.indices.long(), csr.mask_ids.long()
+    full = mask_ids == 0
     follows = torch.zeros_like(full)
     follows[1:] = full[1:] & full[:-1] & (rows[1:] == rows[:-1]) & (cols[1:] == cols[:-1] + 1)
     starts = (~follows).nonzero().squeeze(1)
     blocks = torch.diff(starts, append=torch.tensor([len(cols)], dtype=torch.int64, device="cpu"))
     key = cols[starts] * size
     keys = torch.minimum(key + blocks * size, torch.tensor(span.keys, dtype=torch.int64, device="cpu")) - key
-    mask = torch.where(full[starts], -1, tiles[starts] - 1 + first_mask)
+    mask = torch.where(full[starts], -1, mask_ids[starts] - 1 + first_mask)
     segment_rows = rows[starts]
     # The tiles: block rows cut to at most TILE rows, those at the ends as long as their queries.
     low = (torch.arange(csr.rows, dtype=torch.int64, device="cpu") + csr.first_row) * size

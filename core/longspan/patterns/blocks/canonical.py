@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longspan.errors import ArgumentError
 from longspan.patterns.blocks.grid import Grid
-from longspan.patterns.blocks.masks import FULL, Tiles
+from longspan.patterns.blocks.masks import FULL, MaskTable
 
 __all__ = ["check_indices", "check_masks", "clip", "renumber"]
 
@@ -52,7 +52,7 @@ def check_indices(grid: Grid, indptr: Tensor, indices: Tensor) -> tuple[Tensor, 
     return rows, indices
 
 
-def check_masks(grid: Grid, tiles: object, masks: object, indices: Tensor) -> tuple[Tensor, Tiles]:
+def check_masks(grid: Grid, mask_ids: object, masks: object, indices: Tensor) -> tuple[Tensor, MaskTable]:
     """The state of every block, and the masks."""
     size = grid.block_size
     masks = torch.empty(0, size, size, dtype=torch.bool, device="cpu") if masks is None else masks
@@ -61,16 +61,16 @@ def check_masks(grid: Grid, tiles: object, masks: object, indices: Tensor) -> tu
         raise ArgumentError("masks", got, "a bool tensor, True where a pair is kept", "masks.bool(), or scores > -inf")
     if masks.shape[1:] != (size, size) or masks.dim() != 3:
         raise ArgumentError("masks", f"shape {tuple(masks.shape)}", f"(T, {size}, {size})", "one mask a partial block")
-    tiles = torch.zeros_like(indices) if tiles is None else _integers("tiles", tiles)
-    if len(tiles) != len(indices):
-        raise ArgumentError("tiles", f"{len(tiles)} numbers", f"one for each of the {len(indices)} indices")
-    bad = (tiles < 0) | (tiles > len(masks))
+    mask_ids = torch.zeros_like(indices) if mask_ids is None else _integers("mask_ids", mask_ids)
+    if len(mask_ids) != len(indices):
+        raise ArgumentError("mask_ids", f"{len(mask_ids)} numbers", f"one for each of the {len(indices)} indices")
+    bad = (mask_ids < 0) | (mask_ids > len(masks))
     if bool(bad.any()):
         want = f"0 for a full block or 1 to {len(masks)} for one of the {len(masks)} masks"
-        raise ArgumentError("tiles", f"{int(tiles[bad][0])}", want, "add the missing mask")
-    table = Tiles(size)
+        raise ArgumentError("mask_ids", f"{int(mask_ids[bad][0])}", want, "add the missing mask")
+    table = MaskTable(size)
     states = [table.add(part) for part in torch.split(masks.detach().cpu(), table.chunk)]
-    return torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), *states])[tiles], table
+    return torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), *states])[mask_ids], table
 
 
 def _brief(numbers: Tensor) -> str:
@@ -78,7 +78,7 @@ def _brief(numbers: Tensor) -> str:
     return f"[{shown}, ... {int(numbers[-1])}]" if len(numbers) > 6 else f"[{shown}]"
 
 
-def clip(grid: Grid, keys: Tensor, states: Tensor, tiles: Tiles) -> Tensor:
+def clip(grid: Grid, keys: Tensor, states: Tensor, table: MaskTable) -> Tensor:
     """States in which no pair outside the sequence has a say: only blocks at ragged ends may change."""
     size, rows, columns = grid.block_size, grid.rows, grid.columns
     edges = torch.zeros_like(states)
@@ -94,11 +94,11 @@ def clip(grid: Grid, keys: Tensor, states: Tensor, tiles: Tiles) -> Tensor:
     if not len(where):
         return states
     states = states.clone()
-    base = tiles.count + 1
+    base = table.count + 1
     codes, inverse = torch.unique(edges[where] * base + states[where], return_inverse=True)
     found = []
-    for part in torch.split(codes, tiles.chunk):
-        masks = tiles.expand(part % base)
+    for part in torch.split(codes, table.chunk):
+        masks = table.expand(part % base)
         for edge in range(1, 8):
             mine = part // base == edge
             if bool(mine.any()):
@@ -110,21 +110,21 @@ def clip(grid: Grid, keys: Tensor, states: Tensor, tiles: Tiles) -> Tensor:
                 kept = masks[mine] & inside
                 kept[(kept == inside).all(2).all(1)] = True
                 masks[mine] = kept
-        found.append(tiles.add(masks))
+        found.append(table.add(masks))
     states[where] = torch.cat(found)[inverse]
     return states
 
 
-def renumber(states: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
-    """Tiles and masks with the masks in order of first use."""
+def renumber(states: Tensor, table: MaskTable) -> tuple[Tensor, Tensor]:
+    """Mask ids, and the masks in order of first use."""
     where = (states > FULL).nonzero().squeeze(1)
     if not len(where):
-        return states.to(torch.int32), tiles.masks[:0].clone()
+        return states.to(torch.int32), table.masks[:0].clone()
     used = states[where]
-    first = torch.full((tiles.count + 1,), len(states), dtype=torch.int64, device="cpu").scatter_reduce_(
+    first = torch.full((table.count + 1,), len(states), dtype=torch.int64, device="cpu").scatter_reduce_(
         0, used, where, "amin"
     )
     order = torch.argsort(first, stable=True)[: int((first < len(states)).sum())]
-    place = torch.zeros(tiles.count + 1, dtype=torch.int32, device="cpu")
+    place = torch.zeros(table.count + 1, dtype=torch.int32, device="cpu")
     place[order] = torch.arange(1, len(order) + 1, dtype=torch.int32, device="cpu")
-    return place[states], tiles.masks[order - 1]
+    return place[states], table.masks[order - 1]

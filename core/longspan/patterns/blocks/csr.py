@@ -14,7 +14,7 @@ from torch import Tensor
 from longspan.errors import ArgumentError
 from longspan.patterns.blocks.canonical import check_indices, check_masks, clip, renumber
 from longspan.patterns.blocks.grid import Grid, on_cpu
-from longspan.patterns.blocks.masks import EMPTY, FULL, Tiles, content
+from longspan.patterns.blocks.masks import EMPTY, FULL, MaskTable, content
 
 __all__ = ["BlockCSR", "HeadBlocks", "find_csr", "remember_csr"]
 
@@ -34,13 +34,13 @@ class BlockCSR:
         q_len, kv_len: tokens.
         indptr: `(rows + 1,)` integers; row `i` has the blocks `indptr[i]` to `indptr[i + 1]`.
         indices: `(nnz,)` integers, the block columns, ascending in a row.
-        tiles: `(nnz,)` integers: 0 for a full block, t > 0 for a partial one with mask `t - 1`. None: all are full.
+        mask_ids: `(nnz,)` integers: 0 for a full block, t > 0 for a partial one with mask `t - 1`. None: all are full.
         masks: `(T, block_size, block_size)` bool, True for a pair that is kept. None: there are none.
         query_offset: position of the first query, in tokens.
 
     Raises:
         ArgumentError: wrong shapes or types, an `indptr` that falls or does not fit, columns that are out of range,
-            unsorted or given twice, tiles without a mask, partial blocks that keep nothing.
+            unsorted or given twice, numbers without a mask, partial blocks that keep nothing.
     """
 
     is_frozen: ClassVar[bool] = True
@@ -50,7 +50,7 @@ class BlockCSR:
     query_offset: int
     indptr: Tensor
     indices: Tensor
-    tiles: Tensor
+    mask_ids: Tensor
     masks: Tensor
 
     @on_cpu
@@ -61,13 +61,13 @@ class BlockCSR:
         kv_len: int,
         indptr: Tensor,
         indices: Tensor,
-        tiles: Tensor | None = None,
+        mask_ids: Tensor | None = None,
         masks: Tensor | None = None,
         query_offset: int = 0,
     ) -> None:
         grid = Grid(block_size, q_len, kv_len, query_offset)
         rows, columns = check_indices(grid, indptr, indices)
-        states, table = check_masks(grid, tiles, masks, columns)
+        states, table = check_masks(grid, mask_ids, masks, columns)
         keys = rows * grid.columns + columns
         kept = clip(grid, keys, states, table)
         if bool((kept == EMPTY).any()):
@@ -77,21 +77,21 @@ class BlockCSR:
         self._fill(grid, keys, kept, table)
 
     @classmethod
-    def of(cls, grid: Grid, keys: Tensor, states: Tensor, tiles: Tiles) -> BlockCSR:
+    def of(cls, grid: Grid, keys: Tensor, states: Tensor, table: MaskTable) -> BlockCSR:
         """From `(n,)` int64 block keys, ascending, and their states, which are not checked."""
-        states = clip(grid, keys, states, tiles)
+        states = clip(grid, keys, states, table)
         kept = states != EMPTY
         if not bool(kept.all()):
             keys, states = keys[kept], states[kept]
         made = cls.__new__(cls)
-        made._fill(grid, keys, states, tiles)
+        made._fill(grid, keys, states, table)
         return made
 
-    def _fill(self, grid: Grid, keys: Tensor, states: Tensor, tiles: Tiles) -> None:
+    def _fill(self, grid: Grid, keys: Tensor, states: Tensor, table: MaskTable) -> None:
         starts = torch.arange(grid.rows + 1, dtype=torch.int64, device="cpu") * grid.columns
         indptr = torch.searchsorted(keys, starts)
         indices = (keys - torch.repeat_interleave(starts[:-1], indptr.diff())).to(torch.int32)
-        numbers, masks = renumber(states, tiles)
+        numbers, masks = renumber(states, table)
         self.__dict__.update(
             block_size=grid.block_size,
             q_len=grid.q_len,
@@ -99,7 +99,7 @@ class BlockCSR:
             query_offset=grid.query_offset,
             indptr=indptr,
             indices=indices,
-            tiles=numbers,
+            mask_ids=numbers,
             masks=masks,
         )
 
@@ -131,7 +131,7 @@ class BlockCSR:
     @property
     def nbytes(self) -> int:
         """Bytes of the index and of the masks."""
-        return sum(x.numel() * x.element_size() for x in (self.indptr, self.indices, self.tiles, self.masks))
+        return sum(x.numel() * x.element_size() for x in (self.indptr, self.indices, self.mask_ids, self.masks))
 
     @cached_property
     @on_cpu
@@ -141,9 +141,9 @@ class BlockCSR:
             return 0
         low, high = self.grid.row_spans()
         heights = torch.repeat_interleave(high - low, self.indptr.diff())
-        sizes = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), self.masks.sum((1, 2))])[self.tiles]
+        sizes = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), self.masks.sum((1, 2))])[self.mask_ids]
         whole = heights * self.grid.column_spans()[self.indices]
-        return int(torch.where(self.tiles == FULL, whole, sizes).sum())
+        return int(torch.where(self.mask_ids == FULL, whole, sizes).sum())
 
     @property
     def density(self) -> float:
@@ -155,7 +155,7 @@ class BlockCSR:
         """A name for the content: equal values have equal digests."""
         made = blake2b(digest_size=16)
         made.update(repr((self.block_size, self.q_len, self.kv_len, self.query_offset)).encode())
-        for tensor in (self.indptr, self.indices, self.tiles, self.masks):
+        for tensor in (self.indptr, self.indices, self.mask_ids, self.masks):
             made.update(content(tensor))
         return made.hexdigest()
 
@@ -172,7 +172,7 @@ class BlockCSR:
         dense = torch.zeros(rows, columns, b, b, dtype=torch.bool, device="cpu")
         masks = torch.cat([torch.ones(1, b, b, dtype=torch.bool, device="cpu"), self.masks])
         row = torch.repeat_interleave(torch.arange(rows, dtype=torch.int64, device="cpu"), self.indptr.diff())
-        dense[row, self.indices.long()] = masks[self.tiles]
+        dense[row, self.indices.long()] = masks[self.mask_ids]
         start = self.query_offset - self.first_row * b
         flat = dense.transpose(1, 2).reshape(rows * b, columns * b)
         return flat[start : start + self.q_len, : self.kv_len].contiguous()
@@ -186,7 +186,7 @@ class BlockCSR:
         return hash(self.digest)
 
     def __repr__(self) -> str:
-        full = int((self.tiles == FULL).sum())
+        full = int((self.mask_ids == FULL).sum())
         offset = f", query_offset={self.query_offset}" if self.query_offset else ""
         return (
             f"<BlockCSR {self.q_len:,} x {self.kv_len:,} tokens{offset}, block_size={self.block_size}: {self.nnz:,} of "
@@ -196,7 +196,7 @@ class BlockCSR:
 
     def __reduce__(self) -> tuple[Any, ...]:
         lengths = (self.block_size, self.q_len, self.kv_len)
-        return type(self), (*lengths, self.indptr, self.indices, self.tiles, self.masks, self.query_offset)
+        return type(self), (*lengths, self.indptr, self.indices, self.mask_ids, self.masks, self.query_offset)
 
     def __copy__(self) -> BlockCSR:
         return self

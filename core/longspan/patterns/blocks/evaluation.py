@@ -7,39 +7,39 @@ from functools import reduce
 import torch
 
 from longspan.patterns.blocks.grid import Grid
-from longspan.patterns.blocks.masks import Tiles
+from longspan.patterns.blocks.masks import MaskTable
 from longspan.patterns.blocks.rules import And, Local, Not, Or, Rule
 from longspan.patterns.blocks.sets import Band, BlockSet, complement, everything, intersect, listed
 
 __all__ = ["evaluate"]
 
 
-def evaluate(rule: Rule, grid: Grid, tiles: Tiles) -> BlockSet:
+def evaluate(rule: Rule, grid: Grid, table: MaskTable) -> BlockSet:
     """The blocks that a rule without heads keeps on a grid, listed, in O(what is listed of its parts)."""
     if not grid.rows or not grid.columns:
         return BlockSet(
             torch.empty(0, dtype=torch.int64, device="cpu"), torch.empty(0, dtype=torch.int64, device="cpu")
         )
-    found = _evaluate(rule, False, grid, tiles)
-    return everything(grid, complement(found), tiles) if found.absent else found
+    found = _evaluate(rule, False, grid, table)
+    return everything(grid, complement(found), table) if found.absent else found
 
 
-def _evaluate(rule: Rule, flipped: bool, grid: Grid, tiles: Tiles) -> BlockSet:
+def _evaluate(rule: Rule, flipped: bool, grid: Grid, table: MaskTable) -> BlockSet:
     """A rule's blocks, or with `flipped` those of its complement."""
     while isinstance(rule, Not):
         rule, flipped = rule.rule, not flipped
     if isinstance(rule, And):
-        found = _meet([(part, False) for part in rule.rules], grid, tiles)
+        found = _meet([(part, False) for part in rule.rules], grid, table)
     elif isinstance(rule, Or):  # a | b is ~(~a & ~b)
-        found = complement(_meet([(part, True) for part in rule.rules], grid, tiles))
+        found = complement(_meet([(part, True) for part in rule.rules], grid, table))
     elif rule.unit is None or rule.unit == grid.block_size:
-        found = rule.blocks(grid, tiles)
+        found = rule.blocks(grid, table)
     else:
-        found = _refined(rule, grid, tiles)
+        found = _refined(rule, grid, table)
     return complement(found) if flipped else found
 
 
-def _meet(parts: list[tuple[Rule, bool]], grid: Grid, tiles: Tiles) -> BlockSet:
+def _meet(parts: list[tuple[Rule, bool]], grid: Grid, table: MaskTable) -> BlockSet:
     """The blocks of all parts (flipped where so marked). Bands are not listed where something smaller is met."""
     within: Band | None = None
     outside: list[Band] = []
@@ -56,32 +56,32 @@ def _meet(parts: list[tuple[Rule, bool]], grid: Grid, tiles: Tiles) -> BlockSet:
         elif isinstance(rule, Local):
             outside.append(Band(rule.left, rule.right))
         else:
-            sets.append(_evaluate(rule, flipped, grid, tiles))
+            sets.append(_evaluate(rule, flipped, grid, table))
     if within is not None and all(one.absent for one in sets):
-        sets.append(within.blocks(grid, tiles))
+        sets.append(within.blocks(grid, table))
         within = None
     if all(one.absent for one in sets):
-        sets += [complement(band.blocks(grid, tiles)) for band in outside]
+        sets += [complement(band.blocks(grid, table)) for band in outside]
         outside = []
     sets.sort(key=lambda one: (one.absent, len(one.keys)))
-    found = reduce(lambda a, b: intersect(a, b, tiles), sets)
+    found = reduce(lambda a, b: intersect(a, b, table), sets)
     if within is not None:
-        found = listed(found.keys, tiles.meet(found.states, within.at(grid, tiles, found.keys)))
+        found = listed(found.keys, table.meet(found.states, within.at(grid, table, found.keys)))
     for band in outside:
-        found = listed(found.keys, tiles.without(found.states, band.at(grid, tiles, found.keys)))
+        found = listed(found.keys, table.without(found.states, band.at(grid, table, found.keys)))
     return found
 
 
-def _refined(rule: Rule, grid: Grid, tiles: Tiles) -> BlockSet:
+def _refined(rule: Rule, grid: Grid, table: MaskTable) -> BlockSet:
     """The blocks of a rule whose blocks are larger than the grid's, cut up."""
     assert rule.unit is not None
     size, times = grid.block_size, rule.unit // grid.block_size
-    coarse, coarse_tiles = grid.scaled(rule.unit), Tiles(rule.unit)
-    found = rule.blocks(coarse, coarse_tiles)
+    coarse, coarse_table = grid.scaled(rule.unit), MaskTable(rule.unit)
+    found = rule.blocks(coarse, coarse_table)
     fine = [torch.zeros(1, times, times, dtype=torch.int64, device="cpu")]
-    for part in torch.split(coarse_tiles.masks, coarse_tiles.chunk):
+    for part in torch.split(coarse_table.masks, coarse_table.chunk):
         cut = part.view(-1, times, size, times, size).transpose(2, 3).reshape(-1, size, size)
-        fine.append(tiles.add(cut).view(-1, times, times))
+        fine.append(table.add(cut).view(-1, times, times))
     step = torch.arange(times, dtype=torch.int64, device="cpu")
     row = (found.keys // coarse.columns + coarse.first_row) * times - grid.first_row
     rows = row[:, None, None] + step[:, None]

@@ -12,7 +12,7 @@ from torch import Tensor
 from longspan.errors import ArgumentError
 from longspan.patterns.blocks.csr import BlockCSR, HeadBlocks
 from longspan.patterns.blocks.grid import Grid, on_cpu
-from longspan.patterns.blocks.masks import FULL, Tiles
+from longspan.patterns.blocks.masks import FULL, MaskTable
 from longspan.patterns.blocks.sparse import BlockSparse
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _tables(blocks: HeadBlocks) -> tuple[Tensor, Tensor]:
     ]
     for number, layout in enumerate(blocks.layouts):
         shift = sum(len(one) for one in masks) - 1
-        table[number].view(-1)[layout.keys()] = torch.where(layout.tiles == FULL, 1, layout.tiles + shift)
+        table[number].view(-1)[layout.keys()] = torch.where(layout.mask_ids == FULL, 1, layout.mask_ids + shift)
         masks.append(layout.masks)
     return table, torch.cat(masks)
 
@@ -149,16 +149,16 @@ def _mask_mod(size: int, table: Tensor, masks: Tensor, of_head: Tensor) -> Calla
 def _head(mask: BlockMask, entry: int, head: int, size: int) -> BlockCSR:
     """The layout of one batch entry and head."""
     q_len, kv_len = mask.seq_lengths
-    grid, tiles = Grid(size, q_len, kv_len), Tiles(size)
+    grid, table = Grid(size, q_len, kv_len), MaskTable(size)
     partial = _keys(mask, mask.kv_num_blocks[entry, head], mask.kv_indices[entry, head], grid)
-    keys, states = [partial], [_evaluated(mask, entry, head, partial, grid, tiles)]
+    keys, states = [partial], [_evaluated(mask, entry, head, partial, grid, table)]
     if mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None:
         keys.append(_keys(mask, mask.full_kv_num_blocks[entry, head], mask.full_kv_indices[entry, head], grid))
         states.append(torch.zeros_like(keys[-1]))
     every, order = torch.cat(keys).sort()
     if bool((every.diff() == 0).any()):
         raise ArgumentError("block_mask", "a block that is listed twice", "every block at most once")
-    return BlockCSR.of(grid, every, torch.cat(states)[order], tiles)
+    return BlockCSR.of(grid, every, torch.cat(states)[order], table)
 
 
 def _keys(mask: BlockMask, counts: Tensor, indices: Tensor, grid: Grid) -> Tensor:
@@ -177,7 +177,7 @@ def _keys(mask: BlockMask, counts: Tensor, indices: Tensor, grid: Grid) -> Tenso
     return torch.cat(found)
 
 
-def _evaluated(mask: BlockMask, entry: int, head: int, keys: Tensor, grid: Grid, tiles: Tiles) -> Tensor:
+def _evaluated(mask: BlockMask, entry: int, head: int, keys: Tensor, grid: Grid, table: MaskTable) -> Tensor:
     """The states of partial blocks, by the mask's own function of positions."""
     device = mask.kv_indices.device
     size = grid.block_size
@@ -185,7 +185,7 @@ def _evaluated(mask: BlockMask, entry: int, head: int, keys: Tensor, grid: Grid,
     b, h = torch.tensor(entry, device=device, dtype=torch.int64), torch.tensor(head, device=device, dtype=torch.int64)
     asked = torch.vmap(mask.mask_mod, in_dims=(None, None, 0, 0))
     found = [torch.zeros(0, dtype=torch.int64, device="cpu")]
-    for part in torch.split(keys.to(device), max(1, tiles.chunk // 16)):  # two int64 positions a pair
+    for part in torch.split(keys.to(device), max(1, table.chunk // 16)):  # two int64 positions a pair
         if not len(part):
             break
         query = (part // grid.columns * size)[:, None, None] + one[:, None]
@@ -194,5 +194,5 @@ def _evaluated(mask: BlockMask, entry: int, head: int, keys: Tensor, grid: Grid,
         shape = there.shape
         inside = (query.clamp(max=grid.q_len - 1), key.clamp(max=grid.kv_len - 1))
         kept = asked(b, h, *(position.expand(shape).flatten() for position in inside))
-        found.append(tiles.add((kept.view(shape) & there).cpu()))
+        found.append(table.add((kept.view(shape) & there).cpu()))
     return torch.cat(found)

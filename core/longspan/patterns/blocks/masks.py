@@ -12,7 +12,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-__all__ = ["CHUNK", "EMPTY", "FULL", "Tiles", "content"]
+__all__ = ["CHUNK", "EMPTY", "FULL", "MaskTable", "content"]
 
 EMPTY, FULL = -1, 0
 CHUNK = 2**26
@@ -28,7 +28,7 @@ def content(tensor: Tensor) -> bytes:
     return ctypes.string_at(tensor.data_ptr(), tensor.numel() * tensor.element_size()) if tensor.numel() else b""
 
 
-class Tiles:
+class MaskTable:
     """A growing collection of distinct token masks of one block size."""
 
     def __init__(self, block_size: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from longspan.errors import ArgumentError
 from longspan.patterns.blocks.csr import BlockCSR, remember_csr
 from longspan.patterns.blocks.grid import Grid
-from longspan.patterns.blocks.masks import EMPTY, FULL, Tiles
+from longspan.patterns.blocks.masks import EMPTY, FULL, MaskTable
 from longspan.patterns.blocks.rules import Rule
 from longspan.patterns.blocks.sets import BlockSet, check_count, listed, unite
 
@@ -26,7 +26,7 @@ def _from_start(numbers: tuple[int, ...], count: int) -> tuple[int, ...]:
     return tuple(sorted({number + count if number < 0 else number for number in numbers}))
 
 
-def _lines(grid: Grid, tiles: Tiles, numbers: Tensor, states: Tensor) -> BlockSet:
+def _lines(grid: Grid, table: MaskTable, numbers: Tensor, states: Tensor) -> BlockSet:
     """Whole block rows and the block columns of the same numbers; `states` is `(2, n)`: of a row and of a column."""
     row = (numbers >= grid.first_row) & (numbers < grid.first_row + grid.rows)
     column = (numbers >= 0) & (numbers < grid.columns)
@@ -37,7 +37,7 @@ def _lines(grid: Grid, tiles: Tiles, numbers: Tensor, states: Tensor) -> BlockSe
         torch.arange(grid.rows, dtype=torch.int64, device="cpu")[:, None] * grid.columns + numbers[column]
     ).flatten()
     rows = BlockSet(across, states[0, row].repeat_interleave(grid.columns))
-    return unite(rows, BlockSet(down, states[1, column].repeat(grid.rows)), tiles)
+    return unite(rows, BlockSet(down, states[1, column].repeat(grid.rows)), table)
 
 
 @frozen(slots=False, init=False)
@@ -63,10 +63,10 @@ class GlobalBlocks(Rule):
             kept = kept | (query // self.unit == block) | (key // self.unit == block)
         return kept
 
-    def blocks(self, grid: Grid, tiles: Tiles) -> BlockSet:
+    def blocks(self, grid: Grid, table: MaskTable) -> BlockSet:
         """All full."""
         numbers = torch.tensor(_from_start(self.numbers, grid.columns), dtype=torch.int64, device="cpu")
-        return _lines(grid, tiles, numbers, torch.zeros(2, len(numbers), dtype=torch.int64, device="cpu"))
+        return _lines(grid, table, numbers, torch.zeros(2, len(numbers), dtype=torch.int64, device="cpu"))
 
 
 @frozen(slots=False, init=False)
@@ -90,7 +90,7 @@ class GlobalTokens(Rule):
             kept = kept | (query == token) | (key == token)
         return kept
 
-    def blocks(self, grid: Grid, tiles: Tiles) -> BlockSet:
+    def blocks(self, grid: Grid, table: MaskTable) -> BlockSet:
         """Partial wherever a block holds a global token and others."""
         size = grid.block_size
         positions = torch.tensor(
@@ -100,10 +100,10 @@ class GlobalTokens(Rule):
         marks = torch.zeros(len(numbers), size, dtype=torch.bool, device="cpu")
         marks[place, positions % size] = True
         states = [torch.zeros(2, 0, dtype=torch.int64, device="cpu")]
-        for part in torch.split(marks, tiles.chunk):
-            down = tiles.add(part[:, :, None].expand(-1, -1, size))
-            states.append(torch.stack([down, tiles.add(part[:, None, :].expand(-1, size, -1))]))
-        return _lines(grid, tiles, numbers, torch.cat(states, 1))
+        for part in torch.split(marks, table.chunk):
+            down = table.add(part[:, :, None].expand(-1, -1, size))
+            states.append(torch.stack([down, table.add(part[:, None, :].expand(-1, size, -1))]))
+        return _lines(grid, table, numbers, torch.cat(states, 1))
 
 
 class _Distances(Rule):
@@ -115,7 +115,7 @@ class _Distances(Rule):
         """The kept distances from `low` to `high`, ascending, int64."""
         raise NotImplementedError
 
-    def blocks(self, grid: Grid, tiles: Tiles) -> BlockSet:
+    def blocks(self, grid: Grid, table: MaskTable) -> BlockSet:
         """All full."""
         rows = grid.row_numbers()
         kept = self.distances(grid.first_row - grid.columns + 1, grid.first_row + grid.rows - 1).flip(0)
@@ -238,21 +238,21 @@ class Layout(Rule):
         """By looking up each pair's block, then its bit in the mask."""
         csr, size = self.csr, self.csr.block_size
         _check_lengths(csr, csr.q_len, kv_len, csr.query_offset)
-        tile = torch.full((csr.rows * csr.columns,), EMPTY, device=key.device, dtype=torch.int64)
-        tile[csr.keys().to(key.device)] = csr.tiles.long().to(key.device)
+        mask_ids = torch.full((csr.rows * csr.columns,), EMPTY, device=key.device, dtype=torch.int64)
+        mask_ids[csr.keys().to(key.device)] = csr.mask_ids.long().to(key.device)
         row = query // size - csr.first_row
         there = (query >= csr.query_offset) & (query < csr.query_offset + csr.q_len) & (key >= 0) & (key < kv_len)
         column = key // size
-        found = tile[(row * csr.columns + column).clamp(0, len(tile) - 1)]
+        found = mask_ids[(row * csr.columns + column).clamp(0, len(mask_ids) - 1)]
         bits = torch.cat([csr.masks.new_ones(1, size, size), csr.masks]).to(key.device)
         return there & (found >= 0) & bits[found.clamp(min=0), query % size, key % size]
 
-    def blocks(self, grid: Grid, tiles: Tiles) -> BlockSet:
+    def blocks(self, grid: Grid, table: MaskTable) -> BlockSet:
         """As given."""
         csr = self.csr
         _check_lengths(csr, grid.q_len, grid.kv_len, grid.query_offset)
-        states = [tiles.add(part) for part in torch.split(csr.masks, tiles.chunk)]
-        return listed(csr.keys(), torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), *states])[csr.tiles])
+        states = [table.add(part) for part in torch.split(csr.masks, table.chunk)]
+        return listed(csr.keys(), torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), *states])[csr.mask_ids])
 
 
 def _check_lengths(csr: BlockCSR, q_len: int, kv_len: int, query_offset: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longspan.errors import ArgumentError
 from longspan.patterns.blocks.grid import Grid
-from longspan.patterns.blocks.masks import Tiles
+from longspan.patterns.blocks.masks import MaskTable
 from longspan.patterns.blocks.sets import Band, BlockSet
 
 __all__ = ["And", "Local", "Not", "Or", "PerHead", "Rule"]
@@ -52,7 +52,7 @@ class Rule:
         """Which pairs are kept: `(q, k)` bool for positions `(q, 1)` and `(1, k)`, int64."""
         raise NotImplementedError
 
-    def blocks(self, grid: Grid, tiles: Tiles) -> BlockSet:
+    def blocks(self, grid: Grid, table: MaskTable) -> BlockSet:
         """The kept blocks on a grid of this rule's unit, or of any block size for a rule that counts tokens."""
         raise NotImplementedError
 
@@ -252,6 +252,6 @@ class Local(Rule):
             kept = kept & (key >= query - self.left)
         return kept if self.right is None else kept & (key <= query + self.right)
 
-    def blocks(self, grid: Grid, tiles: Tiles) -> BlockSet:
+    def blocks(self, grid: Grid, table: MaskTable) -> BlockSet:
         """A band."""
-        return Band(self.left, self.right).blocks(grid, tiles)
+        return Band(self.left, self.right).blocks(grid, table)

@@ -19,7 +19,7 @@ from attrs import frozen
 from torch import Tensor
 
 from longspan.patterns.blocks.grid import Grid
-from longspan.patterns.blocks.masks import Tiles
+from longspan.patterns.blocks.masks import MaskTable
 from longspan.patterns.blocks.primitives import suffix
 from longspan.patterns.blocks.rules import Rule
 from longspan.patterns.blocks.sets import BlockSet, check_count
@@ -66,7 +66,7 @@ class Drawn(Rule):
                 kept |= (query // self.unit == row) & (key // self.unit == column)
         return kept
 
-    def blocks(self, grid: Grid, tiles: Tiles) -> BlockSet:
+    def blocks(self, grid: Grid, table: MaskTable) -> BlockSet:
         """All full."""
         columns = grid.columns
         count = self.count(columns)

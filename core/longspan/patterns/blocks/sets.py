@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longspan.errors import ArgumentError
 from longspan.patterns.blocks.grid import Grid
-from longspan.patterns.blocks.masks import EMPTY, Tiles
+from longspan.patterns.blocks.masks import EMPTY, MaskTable
 
 __all__ = ["MOST", "Band", "BlockSet", "complement", "everything", "intersect", "listed", "unite"]
 
@@ -43,7 +43,7 @@ class Band:
         """The pairs that both bands hold, which are a band."""
         return Band(_least(self.left, other.left), _least(self.right, other.right))
 
-    def _states(self, grid: Grid, tiles: Tiles) -> tuple[int, Tensor]:
+    def _states(self, grid: Grid, table: MaskTable) -> tuple[int, Tensor]:
         """The least difference of block numbers (row - column) in the band, and the states from there on."""
         size, last = grid.block_size, grid.first_row + grid.rows
         left = (last + 1) * size if self.left is None else min(self.left, (last + 1) * size)
@@ -56,19 +56,19 @@ class Band:
         one = torch.arange(size, dtype=torch.int64, device="cpu")
         for difference in ends:  # at most four, whatever the length
             apart = difference * size + one[:, None] - one[None, :]
-            states[difference - low] = tiles.add(((apart <= left) & (apart >= -right))[None])[0]
+            states[difference - low] = table.add(((apart <= left) & (apart >= -right))[None])[0]
         return low, states
 
-    def at(self, grid: Grid, tiles: Tiles, keys: Tensor) -> Tensor:
+    def at(self, grid: Grid, table: MaskTable, keys: Tensor) -> Tensor:
         """The states of the given blocks in this band."""
-        low, states = self._states(grid, tiles)
+        low, states = self._states(grid, table)
         states = torch.nn.functional.pad(states, (1, 1), value=EMPTY)
         difference = keys // grid.columns + grid.first_row - keys % grid.columns
         return states[(difference - (low - 1)).clamp_(0, len(states) - 1)]
 
-    def blocks(self, grid: Grid, tiles: Tiles) -> BlockSet:
+    def blocks(self, grid: Grid, table: MaskTable) -> BlockSet:
         """All blocks of the band."""
-        low, states = self._states(grid, tiles)
+        low, states = self._states(grid, table)
         rows, columns = grid.row_numbers(), grid.columns
         first = (rows - (low + len(states) - 1)).clamp_(min=0)
         counts = (torch.clamp(rows - low, max=columns - 1) - first + 1).clamp_(min=0)
@@ -107,29 +107,29 @@ def complement(blocks: BlockSet) -> BlockSet:
     return BlockSet(blocks.keys, blocks.states, not blocks.absent)
 
 
-def everything(grid: Grid, but: BlockSet, tiles: Tiles) -> BlockSet:
+def everything(grid: Grid, but: BlockSet, table: MaskTable) -> BlockSet:
     """The blocks of a complemented set, listed: as many as it holds."""
     check_count(grid.rows * grid.columns)
     keys = torch.arange(grid.rows * grid.columns, dtype=torch.int64, device="cpu")
     states = torch.zeros_like(keys)
-    states[but.keys] = tiles.without(states[but.keys], but.states)
+    states[but.keys] = table.without(states[but.keys], but.states)
     return listed(keys, states)
 
 
-def intersect(a: BlockSet, b: BlockSet, tiles: Tiles) -> BlockSet:
+def intersect(a: BlockSet, b: BlockSet, table: MaskTable) -> BlockSet:
     """The pairs in both sets. The time is that of `a`'s list, so it is the shorter one; absent only where both are."""
     if a.absent:
-        return complement(unite(complement(a), complement(b), tiles))
+        return complement(unite(complement(a), complement(b), table))
     _, found = _look_up(b, a.keys)
-    return listed(a.keys, tiles.without(a.states, found) if b.absent else tiles.meet(a.states, found))
+    return listed(a.keys, table.without(a.states, found) if b.absent else table.meet(a.states, found))
 
 
-def unite(a: BlockSet, b: BlockSet, tiles: Tiles) -> BlockSet:
+def unite(a: BlockSet, b: BlockSet, table: MaskTable) -> BlockSet:
     """The pairs in either of two listed sets."""
     place, found = _look_up(a, b.keys)
     shared = found != EMPTY
     states = a.states.clone()
-    states[place[shared]] = tiles.join(found[shared], b.states[shared])
+    states[place[shared]] = table.join(found[shared], b.states[shared])
     new = ~shared
     keys = b.keys[new]
     from_a = torch.arange(len(a.keys), dtype=torch.int64, device="cpu") + torch.searchsorted(keys, a.keys)

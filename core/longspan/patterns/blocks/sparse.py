@@ -13,7 +13,7 @@ from longspan.errors import ArgumentError
 from longspan.patterns.blocks.csr import BlockCSR, HeadBlocks
 from longspan.patterns.blocks.evaluation import evaluate
 from longspan.patterns.blocks.grid import Grid, check_whole, on_cpu
-from longspan.patterns.blocks.masks import Tiles
+from longspan.patterns.blocks.masks import MaskTable
 from longspan.patterns.blocks.primitives import Layout
 from longspan.patterns.blocks.rules import And, Local, PerHead, Rule
 from longspan.patterns.blocks.text import parse_rule
@@ -229,9 +229,9 @@ def per_head(patterns: Sequence[BlockSparse | SlidingWindow | Dense]) -> BlockSp
 def _blocks(rule: Rule, grid: Grid, is_causal: bool) -> BlockCSR:
     if isinstance(rule, Layout) and rule.csr.grid == grid and not is_causal:
         return rule.csr
-    tiles = Tiles(grid.block_size)
-    found = evaluate(And(rule, Local(None, 0)) if is_causal else rule, grid, tiles)
-    return BlockCSR.of(grid, found.keys, found.states, tiles)
+    table = MaskTable(grid.block_size)
+    found = evaluate(And(rule, Local(None, 0)) if is_causal else rule, grid, table)
+    return BlockCSR.of(grid, found.keys, found.states, table)
 
 
 def _operand(mine: BlockSparse, other: object) -> tuple[int, Rule]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from longspan.numerics.tensors import wide_dtype
 from longspan.patterns.blocks.csr import BlockCSR
 from longspan.patterns.blocks.grid import on_cpu
-from longspan.patterns.blocks.masks import FULL, Tiles
+from longspan.patterns.blocks.masks import FULL, MaskTable
 from longspan.patterns.topk.scoring import BlockScoring
 from longspan.spec.problem import Problem
 
@@ -61,14 +61,14 @@ def layouts_of(chosen: Tensor, scoring: BlockScoring) -> tuple[BlockCSR, ...]:
         flat = chosen.flatten(0, 1).flatten(1)
         line, keys = flat.nonzero(as_tuple=True)
         counts, keys = torch.bincount(line, minlength=len(flat)).tolist(), keys.cpu()
-        tiles = Tiles(grid.block_size)
+        table = MaskTable(grid.block_size)
         states = torch.full_like(keys, FULL)
         if scoring.is_causal:
             triangle = torch.ones(1, grid.block_size, grid.block_size, dtype=torch.bool, device="cpu").tril_()
             own = keys // grid.columns + grid.first_row == keys % grid.columns
-            states = torch.where(own, tiles.add(triangle), FULL)
+            states = torch.where(own, table.add(triangle), FULL)
         parts = zip(torch.split(keys, counts), torch.split(states, counts), strict=True)
-        return tuple(BlockCSR.of(grid, mine, state, tiles) for mine, state in parts)
+        return tuple(BlockCSR.of(grid, mine, state, table) for mine, state in parts)
 
 
 @frozen(slots=False, eq=False, repr=False)

@@ -12,7 +12,7 @@ from torch import Tensor
 from longspan.errors import ArgumentError, brief
 from longspan.patterns.blocks.csr import BlockCSR
 from longspan.patterns.blocks.grid import check_whole, on_cpu
-from longspan.patterns.blocks.masks import FULL, Tiles
+from longspan.patterns.blocks.masks import FULL, MaskTable
 from longspan.patterns.blocks.sparse import BlockSparse
 from longspan.patterns.text import READERS
 from longspan.patterns.topk.choice import BlockChoice, Part, best
@@ -267,7 +267,7 @@ def stand_in(problem: Problem) -> Problem:
     grid, kept = scoring.grid, min(pattern.k, scoring.columns)
     near = torch.arange(kept, dtype=torch.int64, device="cpu")
     own = grid.row_numbers().clamp(max=grid.columns - 1)[:, None]
-    tiles = Tiles(grid.block_size)
+    table = MaskTable(grid.block_size)
     if problem.is_causal:
         columns = (own - near.flip(0)).flatten()
     else:
@@ -275,10 +275,10 @@ def stand_in(problem: Problem) -> Problem:
     keys = torch.arange(grid.rows, dtype=torch.int64, device="cpu").repeat_interleave(kept) * grid.columns + columns
     states = torch.full_like(keys, FULL)
     if problem.is_causal:
-        diagonal = tiles.add(torch.ones(1, grid.block_size, grid.block_size, dtype=torch.bool, device="cpu").tril_())
+        diagonal = table.add(torch.ones(1, grid.block_size, grid.block_size, dtype=torch.bool, device="cpu").tril_())
         states = torch.where(keys // grid.columns + grid.first_row == columns, diagonal, states)
         keys, states = keys[columns >= 0], states[columns >= 0]
-    csr = BlockCSR.of(grid, keys, states, tiles)
+    csr = BlockCSR.of(grid, keys, states, table)
     return problem.replace(
         pattern=BlockSparse(pattern.block_size, csr),
         batch=1,

@@ -83,7 +83,7 @@ def _panels(blocks: HeadBlocks) -> list[Panel]:
     for number, layout in enumerate(blocks.layouts):
         facts = {
             "blocks": layout.nnz,
-            "full": int((layout.tiles == 0).sum()),
+            "full": int((layout.mask_ids == 0).sum()),
             "masks": len(layout.masks),
             "density": layout.density,
             "bytes": layout.nbytes,
@@ -148,11 +148,13 @@ def picture(layout: BlockCSR, cells: int = CELLS) -> Tensor:
     keys = layout.keys()
     cell = keys // max(1, layout.columns) // step * columns + keys % max(1, layout.columns) // step
     size = layout.block_size**2
-    weights = torch.cat([torch.tensor([size], dtype=torch.int64, device="cpu"), layout.masks.sum((1, 2))])[layout.tiles]
+    weights = torch.cat([torch.tensor([size], dtype=torch.int64, device="cpu"), layout.masks.sum((1, 2))])[
+        layout.mask_ids
+    ]
     shape = (rows, columns)
     nothing = torch.zeros(rows * columns, dtype=torch.float32, device="cpu")
     kept = nothing.index_add(0, cell, weights.float() / size).view(shape)
-    full = nothing.index_add(0, cell, (layout.tiles == 0).float()).view(shape)
+    full = nothing.index_add(0, cell, (layout.mask_ids == 0).float()).view(shape)
     height = (layout.rows - torch.arange(rows, dtype=torch.int64, device="cpu") * step).clamp_(max=step)
     width = (layout.columns - torch.arange(columns, dtype=torch.int64, device="cpu") * step).clamp_(max=step)
     blocks = height[:, None] * width[None, :]
