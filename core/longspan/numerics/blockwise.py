@@ -1,4 +1,4 @@
-"""Dense attention in plain torch, a block of query rows at a time: any dtype, any device, any strides.
+"""Dense attention in plain torch, a tile of query rows at a time: any dtype, any device, any strides.
 
 The core uses `backward` for kernels that bring none; `forward` and `backward` are public so that a plugin may fall back
 on them. Arithmetic is float32 (float64 for float64 inputs); memory beyond the results is bounded by `BUDGET`. NaN and
@@ -54,10 +54,10 @@ def forward(
     wide = wide_dtype(query.dtype)
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
     lse = torch.full(query.shape[:3], -torch.inf, dtype=wide, device=query.device)
-    for block in _blocks(query, key, is_causal):
-        at = block.batch, slice(None), block.rows
-        scores = block.scores(block.grouped(query).to(wide), key, scale, wide)
-        seen = block.seen(mask)
+    for tile in _tiles(query, key, is_causal):
+        at = tile.batch, slice(None), tile.rows
+        scores = tile.scores(tile.grouped(query).to(wide), key, scale, wide)
+        seen = tile.seen(mask)
         if seen is not None:
             scores.masked_fill_(~seen, -torch.inf)
         largest = scores.amax(-1, keepdim=True)
@@ -65,27 +65,27 @@ def forward(
             largest.masked_fill_(largest == -torch.inf, 0.0)  # a row that sees nothing: -inf - -inf would be NaN
         weights = scores.sub_(largest).exp_()  # relative to the largest, which loses less than relative to the lse
         total = weights.sum(-1, keepdim=True)
-        block_lse = (largest + total.log()).squeeze(-1)
+        tile_lse = (largest + total.log()).squeeze(-1)
         if dropout is not None:
-            weights *= block.factors(dropout, weights)
+            weights *= tile.factors(dropout, weights)
         if seen is not None:
             total.masked_fill_(total == 0.0, 1.0)
-        plain = block.before(value).to(wide)
+        plain = tile.before(value).to(wide)
         bad = None
         if seen is not None and not bool(plain.isfinite().all()):  # a masked weight of 0 times NaN is NaN
             bad, plain = plain, torch.where(plain.isfinite(), plain, 0.0)
         part = weights[..., : plain.shape[2]] @ plain
         if is_causal:
-            edge = block.edge(value).to(wide)
+            edge = tile.edge(value).to(wide)
             part += weights[..., plain.shape[2] :] @ torch.where(edge.isfinite(), edge, 0.0)
             part /= total
-            block.add(part, taint(edge))
+            tile.add(part, taint(edge))
         else:
             part /= total
             if bad is not None and seen is not None:
                 _add_seen(part, seen, bad)
         out[at] = part.view_as(out[at])
-        lse[at] = block_lse.view_as(lse[at])
+        lse[at] = tile_lse.view_as(lse[at])
     return out, lse
 
 
@@ -131,29 +131,29 @@ def backward(
     dquery = torch.zeros_like(query, memory_format=torch.contiguous_format)
     dkey = torch.zeros(key.shape, dtype=wide, device=key.device)
     dvalue = torch.zeros_like(dkey)
-    for block in _blocks(query, key, is_causal):
-        q, do, o = (block.grouped(x).to(wide) for x in (query, dout, out))
-        weights = block.scores(q, key, scale, wide).sub_(block.grouped(lse.unsqueeze(-1)).to(wide)).exp_()
-        seen = block.seen(mask)
-        slope = do @ block.keys_of(value).to(wide).transpose(-1, -2)
+    for tile in _tiles(query, key, is_causal):
+        q, do, o = (tile.grouped(x).to(wide) for x in (query, dout, out))
+        weights = tile.scores(q, key, scale, wide).sub_(tile.grouped(lse.unsqueeze(-1)).to(wide)).exp_()
+        seen = tile.seen(mask)
+        slope = do @ tile.keys_of(value).to(wide).transpose(-1, -2)
         dropped = weights
         if dropout is not None:
-            factors = block.factors(dropout, weights)
+            factors = tile.factors(dropout, weights)
             dropped = weights * factors
             slope *= factors
         held = (do * o).sum(-1, keepdim=True)
         if dlse is not None:
-            held -= block.grouped(dlse.unsqueeze(-1)).to(wide)
+            held -= tile.grouped(dlse.unsqueeze(-1)).to(wide)
         slope = slope.sub_(held).mul_(weights).mul_(scale)
-        keys = block.keys_of(key).to(wide)
+        keys = tile.keys_of(key).to(wide)
         if is_causal or seen is not None:  # 0 * NaN is NaN: what a row may not see must not reach it, nor it that
             for hidden in (slope, weights) if dropped is weights else (slope, weights, dropped):
-                block.hide(hidden, 0.0) if seen is None else hidden.masked_fill_(~seen, 0.0)
+                tile.hide(hidden, 0.0) if seen is None else hidden.masked_fill_(~seen, 0.0)
             keys, q = (torch.where(x.isfinite(), x, 0.0) for x in (keys, q))
-        at = block.batch, slice(None), block.rows
-        dvalue[block.batch, :, block.keys] += _products(dropped, do, is_causal or seen is not None)
+        at = tile.batch, slice(None), tile.rows
+        dvalue[tile.batch, :, tile.keys] += _products(dropped, do, is_causal or seen is not None)
         dquery[at] = (slope @ keys).view_as(dquery[at])
-        dkey[block.batch, :, block.keys] += slope.transpose(-1, -2) @ q
+        dkey[tile.batch, :, tile.keys] += slope.transpose(-1, -2) @ q
     return dquery, dkey.to(key.dtype), dvalue.to(value.dtype)
 
 
@@ -190,13 +190,13 @@ def _products(weights: Tensor, do: Tensor, has_hidden: bool) -> Tensor:
     finite = do.isfinite()
     if not has_hidden or bool(finite.all()):
         return weights.transpose(-1, -2) @ do
-    found = weights.transpose(-1, -2) @ torch.where(finite, do, 0.0)
+    products = weights.transpose(-1, -2) @ torch.where(finite, do, 0.0)
     seen = (weights != 0).to(do.dtype).transpose(-1, -2) @ (~finite).to(do.dtype)
-    return found.masked_fill_(seen > 0, torch.nan)
+    return products.masked_fill_(seen > 0, torch.nan)
 
 
 @frozen
-class _Block:
+class _Tile:
     """Some query rows of some batch entries, with the keys that they can see."""
 
     batch: slice
@@ -252,7 +252,7 @@ class _Block:
         return dropout.factors(self.batch, self.rows, self.keys, weights.dtype).reshape(weights.shape)
 
 
-def _blocks(query: Tensor, key: Tensor, is_causal: bool) -> Iterator[_Block]:
+def _tiles(query: Tensor, key: Tensor, is_causal: bool) -> Iterator[_Tile]:
     batch, heads, q_len, _ = query.shape
     kv_heads, kv_len = key.shape[1:3]
     if not (batch and heads and q_len and kv_len):
@@ -264,4 +264,4 @@ def _blocks(query: Tensor, key: Tensor, is_causal: bool) -> Iterator[_Block]:
         for start in range(0, q_len, rows):
             stop = min(start + rows, q_len)
             keys = slice(0, min(stop, kv_len) if is_causal else kv_len)
-            yield _Block(slice(b, b + entries), slice(start, stop), keys, is_causal, kv_heads)
+            yield _Tile(slice(b, b + entries), slice(start, stop), keys, is_causal, kv_heads)

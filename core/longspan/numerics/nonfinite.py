@@ -82,9 +82,9 @@ def backward(
     most = _most(query, scale)
     bad = [_bad(x, most) for x in (dout, query, key, value, out)]  # each by itself: a view may repeat a row
     bad_rows, bad_keys = (bad[0] | bad[1] | bad[4]).squeeze(-1) | lse.isnan(), (bad[2] | bad[3]).squeeze(-1)
-    clean_dout, q, k, v, o = (without(x, one) for x, one in zip((dout, query, key, value, out), bad, strict=True))
+    clean_dout, q, k, v, o = (without(x, is_bad) for x, is_bad in zip((dout, query, key, value, out), bad, strict=True))
     usable = _as_it_lies(lse, lse.masked_fill(bad_rows | (lse == -math.inf), math.inf))
-    found = run(clean_dout, q, k, v, o, usable)
+    gradients = run(clean_dout, q, k, v, o, usable)
     given = {"is_causal": mask is None, "scale": scale}
     real = blockwise.backward(dout, query, key, value, out, lse, mask=mask, **given)  # type: ignore[arg-type]
     group = query.shape[1] // key.shape[1]
@@ -95,8 +95,8 @@ def backward(
         rows = bad_rows | _sees(mask, bad_keys, query.shape[1])
         seen = _sees(mask.transpose(2, 3), bad_rows, query.shape[1])
     touched = bad_keys | seen.view(len(key), key.shape[1], group, key.shape[2]).any(2)
-    both = zip((rows, touched, touched), real, found, strict=True)
-    dquery, dkey, dvalue = (torch.where(one.unsqueeze(-1), r, f.to(r.dtype)) for one, r, f in both)
+    both = zip((rows, touched, touched), real, gradients, strict=True)
+    dquery, dkey, dvalue = (torch.where(at.unsqueeze(-1), r, g.to(r.dtype)) for at, r, g in both)
     return dquery, dkey, dvalue
 
 
@@ -105,7 +105,7 @@ def is_finite(*tensors: Tensor) -> bool:
 
     Not in another dtype: torch would sum a copy. A sum that overflows only costs the second look.
     """
-    return all(math.isfinite(one.sum()) or bool(one.isfinite().all()) for one in tensors)
+    return all(math.isfinite(tensor.sum()) or bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def without(tensor: Tensor, bad: Tensor) -> Tensor:
@@ -136,9 +136,9 @@ def _as_it_lies(tensor: Tensor, values: Tensor) -> Tensor:
     lead = tensor.data_ptr() % LINE // tensor.element_size()
     memory = torch.empty(lead + span, dtype=tensor.dtype, device=tensor.device)
     once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in strides)
-    found = memory.as_strided(shape, strides, lead)
-    found[once].copy_(values[once])
-    return found
+    copy = memory.as_strided(shape, strides, lead)
+    copy[once].copy_(values[once])
+    return copy
 
 
 def _most(query: Tensor, scale: float) -> float:

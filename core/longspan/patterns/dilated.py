@@ -18,11 +18,11 @@ def _lengths(value: object, name: str) -> tuple[int, ...]:
         value = (value,)
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise ArgumentError(name, repr(value), "a non-empty tuple of positive integers", f"e.g. {name}=(2048, 4096)")
-    for one in value:
-        if not isinstance(one, int) or isinstance(one, bool) or one <= 0:
-            raise ArgumentError(name, brief(tuple(value)), "positive integers", f"replace {brief(one)}")
-        if one > FURTHEST:
-            raise ArgumentError(name, brief(one), "positive integers of at most 2**62", "give the sequence's length")
+    for length in value:
+        if not isinstance(length, int) or isinstance(length, bool) or length <= 0:
+            raise ArgumentError(name, brief(tuple(value)), "positive integers", f"replace {brief(length)}")
+        if length > FURTHEST:
+            raise ArgumentError(name, brief(length), "positive integers of at most 2**62", "give the sequence's length")
     return tuple(value)
 
 

@@ -46,5 +46,5 @@ class SlidingWindow(Pattern):
 
     @property
     def code(self) -> tuple[str, list[int]]:
-        """Both reaches."""
+        """The kind, and how far the window reaches to the left and to the right."""
         return self.kind, [self.left, self.right]

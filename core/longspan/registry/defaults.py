@@ -29,7 +29,7 @@ class Defaults:
 
     @hookimpl(trylast=True)
     def longspan_pattern(self, problem: Problem) -> Layout | BlockLayout:
-        """Lower to dense calls."""
+        """Lower to dense calls, block-sparse patterns to blocks."""
         return lower(problem)
 
     @hookimpl(trylast=True)
@@ -39,10 +39,10 @@ class Defaults:
 
     @hookimpl(trylast=True)
     def longspan_buffers(self, problem: Problem, layout: Any) -> Iterable[BufferSpec]:
-        """No workspace."""
+        """A backend that declares no workspace gets none."""
         return ()
 
     @hookimpl(trylast=True)
     def longspan_allocator(self, device: Device) -> Allocator:
-        """The arena."""
+        """The arena, which all devices share."""
         return buffer_arena()

@@ -64,7 +64,7 @@ class Registry:
         return tuple(sorted([*self._ledger.values(), *self._extra], key=lambda row: (row.name, row.distribution)))
 
     def candidates(self) -> tuple[Candidate, ...]:
-        """What the resolver weighs: one candidate a name."""
+        """What the resolver chooses among: one candidate for each name."""
         self.discover()
         with self._lock:
             rows = sorted(self._ledger.values(), key=lambda row: row.name)
@@ -151,7 +151,7 @@ class Registry:
             self._ledger.pop(name, None)
             if name in self._extensions:
                 self._extensions.discard(name)
-                self._extra = [row for row in self._extra if row.name != name]  # a fault of its
+                self._extra = [row for row in self._extra if row.name != name]  # the row of its fault
             self.generation += 1
 
     def refresh(self, plugin: object) -> None:
@@ -182,7 +182,7 @@ class Registry:
         Raises:
             PluginError: `LONGSPAN_STRICT` is set.
         """
-        text = f"{hook}: {type(error).__name__}: {error}. The core's serves instead. Next: mend {name!r}"
+        text = f"{hook}: {type(error).__name__}: {error}. The core's serves instead. Next: fix {name!r}"
         known = text
         with self._lock:
             if name in self._ledger:
@@ -273,12 +273,12 @@ class _Unsupported:
 
     def __call__(self, problem: Problem) -> tuple[Reason, ...]:
         try:
-            found = tuple(self._hook(problem=problem) or ())
+            reasons = tuple(self._hook(problem=problem) or ())
         except Exception as error:  # noqa: BLE001 - a backend at fault is refused; the others are not affected
-            return (Reason("broken", "longspan_unsupported", f"{type(error).__name__}: {error}", "reasons", "mend it"),)
-        if not all(isinstance(reason, Reason) for reason in found):
-            return (Reason("broken", "longspan_unsupported", repr(found), "a list of longspan.Reason", "mend it"),)
-        return found
+            return (Reason("broken", "longspan_unsupported", f"{type(error).__name__}: {error}", "reasons", "fix it"),)
+        if not all(isinstance(reason, Reason) for reason in reasons):
+            return (Reason("broken", "longspan_unsupported", repr(reasons), "a list of longspan.Reason", "fix it"),)
+        return reasons
 
 
 def _new_manager() -> Hooks:
@@ -304,13 +304,13 @@ registry = Registry()
 
 def _after_fork() -> None:
     """A lock held by another thread at the fork would stay locked for ever in the child."""
-    for one in _registries:
-        one._lock = threading.RLock()
-        if one._busy:  # the thread that was discovering is not here: what it registered has no ledger row
-            one._busy = False
-            for name, _ in one._manager.list_name_plugin():
-                if name not in one._ledger and name not in one._extensions and name != DEFAULTS:
-                    one._manager.unregister(name=name)
+    for each in _registries:
+        each._lock = threading.RLock()
+        if each._busy:  # the thread that was discovering is not here: what it registered has no ledger row
+            each._busy = False
+            for name, _ in each._manager.list_name_plugin():
+                if name not in each._ledger and name not in each._extensions and name != DEFAULTS:
+                    each._manager.unregister(name=name)
 
 
 if hasattr(os, "register_at_fork"):

@@ -41,7 +41,7 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """The backend's name."""
+        """The backend's name, on the left of the entry point."""
         return self.point.name
 
     @property
@@ -61,7 +61,7 @@ class Entry:
 
     def duplicate(self, same: Iterable[Entry]) -> BackendInfo:
         """The row of one of several entry points with one name."""
-        owners = " and ".join(sorted(one.owner for one in same))
+        owners = " and ".join(sorted(entry.owner for entry in same))
         error = f"claimed by {owners}. Next: uninstall one of them, or name the other in LONGSPAN_PLUGINS"
         return self.row("duplicate", error)
 
@@ -69,15 +69,15 @@ class Entry:
 def entries_of(points: Iterable[EntryPoint]) -> list[Entry]:
     """Entry points by name and distribution; one that is listed twice by the same distribution counts once."""
     asked: dict[Distribution, tuple[str, str]] = {}
-    found: dict[tuple[str, str, str], Entry] = {}
+    entries: dict[tuple[str, str, str], Entry] = {}
     for point in points:
         distribution, version = "", ""
         if point.dist is not None:
             if point.dist not in asked:
                 asked[point.dist] = _name_and_version(point.dist)
             distribution, version = asked[point.dist]
-        found.setdefault((point.name, point.value, distribution), Entry(point, distribution, version))
-    return sorted(found.values(), key=lambda entry: (entry.name, entry.distribution))
+        entries.setdefault((point.name, point.value, distribution), Entry(point, distribution, version))
+    return sorted(entries.values(), key=lambda entry: (entry.name, entry.distribution))
 
 
 def _name_and_version(distribution: Distribution) -> tuple[str, str]:
@@ -132,7 +132,7 @@ class Loader:
         return add_backend(self._manager, plugin, evolve(row, state="loaded"), self._contract)
 
     def close(self) -> None:
-        """Nothing more is imported."""
+        """End the watch over imports: nothing more is imported."""
         self._watch.close()
 
 
@@ -191,7 +191,7 @@ def capabilities_of(plugin: Any) -> Capabilities:
     try:
         can = plugin.longspan_capabilities()
     except Exception as error:
-        raise PluginError(f"longspan_capabilities: {type(error).__name__}: {error}. Next: mend the plugin") from error
+        raise PluginError(f"longspan_capabilities: {type(error).__name__}: {error}. Next: fix the plugin") from error
     if not isinstance(can, Capabilities):
         raise PluginError(
             f"longspan_capabilities() returned {type(can).__name__}. Next: return a longspan.Capabilities"

@@ -138,9 +138,9 @@ def _name(value: object) -> str | None:
 
 
 def _listed(argument: str, value: object) -> tuple[str, ...]:
-    found = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (None,)
-    named = tuple(name for name in found if isinstance(name, str) and name)
-    if len(named) != len(found):
+    words = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (None,)
+    named = tuple(name for name in words if isinstance(name, str) and name)
+    if len(named) != len(words):
         raise PolicyError(f"{argument}={value!r}: want backend names. Next: write e.g. use({argument}=('sdpa',))")
     return named
 
@@ -225,14 +225,14 @@ def names(variable: str, environ: Mapping[str, str] | None = None) -> tuple[str,
     text = (os.environ if environ is None else environ).get(variable, "")
     if not text.strip():
         return ()
-    found = tuple(part.strip() for part in text.split(","))
-    for name in found:
+    parts = tuple(part.strip() for part in text.split(","))
+    for name in parts:
         if name != AUTO and not is_name(name):
             raise PolicyError(
                 f"{variable}={text!r}: entry {name!r} is no backend name. "
                 f"Next: give names separated by commas, e.g. {variable}=sdpa, or unset it"
             )
-    return found
+    return parts
 
 
 def is_name(value: object) -> bool:

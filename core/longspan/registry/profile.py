@@ -136,7 +136,7 @@ def forget_profiles(devices: Iterable[str] | None = None) -> None:
 
 def survey() -> tuple[Unused, ...]:
     """The profiles that are not used, for the doctor."""
-    found = []
+    unused = []
     with suppress(OSError, RuntimeError):
         for path in sorted(cache_folder("profile").glob("*.json")):
             try:
@@ -146,8 +146,8 @@ def survey() -> tuple[Unused, ...]:
             except (OSError, _Refused) as error:
                 lines = f"rm {shlex.quote(str(path))}"
                 broken = not isinstance(error, _Foreign)
-                found.append(Unused(str(path), f"{_why(error)}: it is not used", lines, broken))
-    return tuple(found)
+                unused.append(Unused(str(path), f"{_why(error)}: it is not used", lines, broken))
+    return tuple(unused)
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
@@ -184,17 +184,17 @@ def _read(path: Path, device: str) -> Profile:
     try:
         if held.pop("digest", None) != _digest(held):
             raise _Refused("is damaged, or was changed: its content has another digest")
-        found = _profile(held)
+        profile = _profile(held)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise _Refused(f"is damaged ({type(error).__name__}: {str(error)[:200]})") from error
     for what, got, want in (
-        ("device", found.device, device),
-        ("machine", found.machine, machine_name()),
-        ("torch", found.torch, str(torch.__version__)),
+        ("device", profile.device, device),
+        ("machine", profile.machine, machine_name()),
+        ("torch", profile.torch, str(torch.__version__)),
     ):
         if got != want:
             raise _Foreign(f"was measured with another {what} ({got!r}; here is {want!r})")
-    return found
+    return profile
 
 
 def _digest(held: dict[str, Any]) -> str:
@@ -210,7 +210,7 @@ def _profile(held: dict[str, Any]) -> Profile:
     measures, peaks, pays = held.pop("measures"), held.pop("peaks"), held.pop("workspace_threshold")
     del held["version"]
     return Profile(
-        measures=tuple(_measure(dict(_of(dict, one))) for one in _of(list, measures)),
+        measures=tuple(_measure(dict(_of(dict, row))) for row in _of(list, measures)),
         peaks={_of(str, name): _number(rate) for name, rate in _of(dict, peaks).items()},
         workspace_threshold=None if pays is None else _count(pays),
         bandwidth=_number(held.pop("bandwidth")),

@@ -72,7 +72,7 @@ class Watch:
         if self._crashes is None:
             self._crashes = crashes()
         wanted = (name, distribution, version)
-        return next((one for one in self._crashes if (one.name, one.distribution, one.version) == wanted), None)
+        return next((past for past in self._crashes if (past.name, past.distribution, past.version) == wanted), None)
 
     @contextmanager
     def importing(self, name: str, distribution: str, version: str) -> Iterator[None]:
@@ -86,7 +86,7 @@ class Watch:
                     os.ftruncate(self._file, 0)
 
     def close(self) -> None:
-        """Remove the file."""
+        """Remove the file: nothing more is imported."""
         if self._ours():
             with suppress(OSError):
                 os.close(self._file)
@@ -142,8 +142,8 @@ def directory() -> Path:
 
 def crashes() -> tuple[Crash, ...]:
     """What crashed in this environment and was not released, by name; files of dead processes become records."""
-    found = {_record_name(crash): crash for _, crash in _files() if crash.environment == _environment()}
-    return tuple(sorted(found.values(), key=lambda crash: (crash.name, crash.distribution, crash.version)))
+    by_record = {_record_name(crash): crash for _, crash in _files() if crash.environment == _environment()}
+    return tuple(sorted(by_record.values(), key=lambda crash: (crash.name, crash.distribution, crash.version)))
 
 
 def release(name: str) -> tuple[Crash, ...]:
@@ -152,17 +152,17 @@ def release(name: str) -> tuple[Crash, ...]:
     Raises:
         OSError: a record cannot be removed.
     """
-    found = [(path, one) for path, one in _files() if one.name == name and one.environment == _environment()]
-    for path, _ in found:
+    records = [(path, crash) for path, crash in _files() if crash.name == name and crash.environment == _environment()]
+    for path, _ in records:
         path.unlink(missing_ok=True)
-    return tuple(crash for _, crash in found)
+    return tuple(crash for _, crash in records)
 
 
 def _files() -> list[tuple[Path, Crash]]:
     """All records, those made just now among them."""
-    found: list[tuple[Path, Crash]] = []
+    records: list[tuple[Path, Crash]] = []
     if os.name != "posix":
-        return found
+        return records
     try:
         entries = [entry for entry in os.scandir(directory()) if entry.name.endswith((IMPORTING, CRASHED))]
         for entry in entries:
@@ -173,14 +173,14 @@ def _files() -> list[tuple[Path, Crash]]:
                     continue
                 crash = _read(path)
                 if entry.name.endswith(CRASHED):
-                    found += [] if crash is None else [(path, crash)]
+                    records += [] if crash is None else [(path, crash)]
                 elif crash is not None and _is_dead(crash):
-                    found += _crashed(path, crash)
+                    records += _crashed(path, crash)
                 elif (crash is None or crash.machine != _machine()) and time.time() - status.st_mtime > STALE:
                     _remove(path)
     except (OSError, RuntimeError):  # no such folder, or no home: nothing is known
         pass
-    return found
+    return records
 
 
 def _read(path: Path) -> Crash | None:

@@ -68,7 +68,7 @@ def check_claims(claims: Mapping[str, Any], switches: Iterable[str]) -> None:
 
 def _kinds(kind: type[Pattern]) -> set[str]:
     """The kinds of all patterns that there are, those of other packages too."""
-    return {kind.kind}.union(*[_kinds(one) for one in kind.__subclasses__()])
+    return {kind.kind}.union(*[_kinds(derived) for derived in kind.__subclasses__()])
 
 
 def _check_device(name: str, device: object) -> None:
@@ -195,7 +195,7 @@ class Capabilities:
         return kind in self.patterns or (kind == "window" and self.window)
 
     def __attrs_post_init__(self) -> None:
-        check_claims({one.name: getattr(self, one.name) for one in fields(Capabilities)}, _SWITCHES)
+        check_claims({claim.name: getattr(self, claim.name) for claim in fields(Capabilities)}, _SWITCHES)
         numbers: dict[str, Any] = {name: getattr(self, name) for name in ("head_dim_min", "head_dim_multiple")}
         if self.head_dim_max is not None:
             numbers["head_dim_max"] = self.head_dim_max
@@ -208,7 +208,7 @@ class Capabilities:
             raise ArgumentError("Capabilities.head_dim_max", got, want)
 
 
-_SWITCHES = tuple(one.name for one in fields(Capabilities) if isinstance(one.default, bool))
+_SWITCHES = tuple(claim.name for claim in fields(Capabilities) if isinstance(claim.default, bool))
 """The fields that are True or False."""
 
 
@@ -265,5 +265,5 @@ class BackendInfo:
         return () if self.capabilities is None else self.capabilities.lacks
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """All fields but the capabilities, as values that JSON can hold."""
         return asdict(self, filter=lambda attribute, _: attribute.name != "capabilities")

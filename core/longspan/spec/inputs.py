@@ -140,8 +140,8 @@ def check_arguments(
     if cu_seqlens is not None and not isinstance(cu_seqlens, torch.Tensor):
         whole = isinstance(cu_seqlens, list | tuple)
         if isinstance(cu_seqlens, list | tuple):
-            for one in cu_seqlens:
-                whole = whole and isinstance(one, int) and not isinstance(one, bool)
+            for bound in cu_seqlens:
+                whole = whole and isinstance(bound, int) and not isinstance(bound, bool)
         if not whole:
             raise ArgumentError("cu_seqlens", repr(cu_seqlens), "an integer tensor or tuple, e.g. (0, 5, 9)")
 
@@ -149,18 +149,18 @@ def check_arguments(
 def check_boundaries(bounds: Sequence[object], q_len: int, kv_len: int) -> tuple[int, ...]:
     """Boundaries of packed documents: integers from 0 on that never fall and end within the sequence."""
     name = "cu_seqlens"
-    if not isinstance(bounds, list | tuple) or not all(type(one) is int for one in bounds):
+    if not isinstance(bounds, list | tuple) or not all(type(bound) is int for bound in bounds):
         raise ArgumentError(name, repr(bounds), "an integer tensor or tuple, e.g. (0, 5, 9)")
-    found = tuple(one for one in bounds if isinstance(one, int))
-    if not found or found[0] != 0:
-        raise ArgumentError(name, f"a start of {found[:1]}", "a first boundary of 0", "put 0 in front")
-    if any(a > b for a, b in pairwise(found)):
-        raise ArgumentError(name, str(found), "boundaries that never fall", "sort them")
+    integers = tuple(bound for bound in bounds if isinstance(bound, int))
+    if not integers or integers[0] != 0:
+        raise ArgumentError(name, f"a start of {integers[:1]}", "a first boundary of 0", "put 0 in front")
+    if any(a > b for a, b in pairwise(integers)):
+        raise ArgumentError(name, str(integers), "boundaries that never fall", "sort them")
     if q_len != kv_len:
         raise ArgumentError(name, f"{q_len} queries and {kv_len} keys", "as many queries as keys")
-    if found[-1] > kv_len:
-        raise ArgumentError(name, f"an end of {found[-1]}", f"at most the sequence length, {kv_len}")
-    return found
+    if integers[-1] > kv_len:
+        raise ArgumentError(name, f"an end of {integers[-1]}", f"at most the sequence length, {kv_len}")
+    return integers
 
 
 def _documents(cu_seqlens: Any, query: torch.Tensor, kv_len: int) -> tuple[int, ...]:

@@ -20,9 +20,9 @@ OWN = "longspan"
 
 def pip() -> str:
     """How pip of this Python is called: `pip` where a shell would find it, else by way of the interpreter's path."""
-    found = shutil.which("pip")
+    in_path = shutil.which("pip")
     ours = Path(sys.executable).parent
-    return "pip" if found and Path(found).parent == ours else f"{shlex.quote(sys.executable)} -m pip"
+    return "pip" if in_path and Path(in_path).parent == ours else f"{shlex.quote(sys.executable)} -m pip"
 
 
 def install_line(*requirements: str) -> str:
@@ -44,7 +44,7 @@ def extra_line(extra: str) -> str:
     except PackageNotFoundError:  # run from a folder that was never installed
         listed = []
     named = re.compile(rf"""^(?P<what>[^;]+?)\s*;.*\bextra\s*==\s*['"]{re.escape(extra)}['"]""")
-    return install_line(*(match["what"] for one in listed if (match := named.match(one))))
+    return install_line(*(match["what"] for line in listed if (match := named.match(line))))
 
 
 def own_line() -> str:
@@ -60,6 +60,6 @@ def own_line() -> str:
     if "vcs_info" in said:
         held = said["vcs_info"]
         return " ".join([*again, shlex.quote(f"{held['vcs']}+{url}@{held['commit_id']}")])
-    place = url2pathname(urlparse(url).path) if url.startswith("file:") else url
+    source = url2pathname(urlparse(url).path) if url.startswith("file:") else url
     editable = ["-e"] if said.get("dir_info", {}).get("editable") else []
-    return " ".join([*again, *editable, shlex.quote(place)])
+    return " ".join([*again, *editable, shlex.quote(source)])

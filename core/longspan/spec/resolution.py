@@ -27,13 +27,13 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """The backend's name."""
+        """The backend's name, under which it is registered."""
         return self.info.name
 
 
 @frozen
 class Verdict:
-    """One candidate, weighed: `ok` says that it can serve the problem; `reasons` say why not, or why not by auto."""
+    """What became of one candidate: `ok` says that it can serve the problem; `reasons` why not, or why not by auto."""
 
     name: str
     ok: bool
@@ -68,7 +68,7 @@ class Resolution:
         }
 
     def to_json(self) -> str:
-        """`to_dict` as JSON text."""
+        """`to_dict` as JSON text, on one line."""
         return json.dumps(self.to_dict())
 
     def __getitem__(self, name: str) -> Verdict:

@@ -151,11 +151,11 @@ def longformer(window: int, positions: Sequence[int] = (0,), block_size: int = 1
 def _numbers(name: str, values: object) -> tuple[int, ...]:
     if not isinstance(values, Sequence) or isinstance(values, str) or not values:
         raise ArgumentError(name, brief(values), "a non-empty sequence of integers", f"e.g. {name}=(0, -1)")
-    for one in values:
-        if not isinstance(one, int) or isinstance(one, bool):
-            raise ArgumentError(name, brief(tuple(values)), "integers", f"replace {brief(one)}")
-        if abs(one) > FURTHEST:
-            raise ArgumentError(name, brief(one), "positions of at most 2**62", "leave it out")
+    for number in values:
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise ArgumentError(name, brief(tuple(values)), "integers", f"replace {brief(number)}")
+        if abs(number) > FURTHEST:
+            raise ArgumentError(name, brief(number), "positions of at most 2**62", "leave it out")
     return tuple(values)
 
 

@@ -96,7 +96,7 @@ def clip(grid: Grid, keys: Tensor, states: Tensor, table: MaskTable) -> Tensor:
     states = states.clone()
     base = table.count + 1
     codes, inverse = torch.unique(edges[where] * base + states[where], return_inverse=True)
-    found = []
+    clipped = []
     for part in torch.split(codes, table.chunk):
         masks = table.expand(part % base)
         for edge in range(1, 8):
@@ -110,8 +110,8 @@ def clip(grid: Grid, keys: Tensor, states: Tensor, table: MaskTable) -> Tensor:
                 kept = masks[mine] & inside
                 kept[(kept == inside).all(2).all(1)] = True
                 masks[mine] = kept
-        found.append(table.add(masks))
-    states[where] = torch.cat(found)[inverse]
+        clipped.append(table.add(masks))
+    states[where] = torch.cat(clipped)[inverse]
     return states
 
 
@@ -125,6 +125,6 @@ def renumber(states: Tensor, table: MaskTable) -> tuple[Tensor, Tensor]:
         0, used, where, "amin"
     )
     order = torch.argsort(first, stable=True)[: int((first < len(states)).sum())]
-    place = torch.zeros(table.count + 1, dtype=torch.int32, device="cpu")
-    place[order] = torch.arange(1, len(order) + 1, dtype=torch.int32, device="cpu")
-    return place[states], table.masks[order - 1]
+    number = torch.zeros(table.count + 1, dtype=torch.int32, device="cpu")
+    number[order] = torch.arange(1, len(order) + 1, dtype=torch.int32, device="cpu")
+    return number[states], table.masks[order - 1]

@@ -83,9 +83,9 @@ class BlockCSR:
         kept = states != EMPTY
         if not bool(kept.all()):
             keys, states = keys[kept], states[kept]
-        made = cls.__new__(cls)
-        made._fill(grid, keys, states, table)
-        return made
+        csr = cls.__new__(cls)
+        csr._fill(grid, keys, states, table)
+        return csr
 
     def _fill(self, grid: Grid, keys: Tensor, states: Tensor, table: MaskTable) -> None:
         starts = torch.arange(grid.rows + 1, dtype=torch.int64, device="cpu") * grid.columns
@@ -153,11 +153,11 @@ class BlockCSR:
     @cached_property
     def digest(self) -> str:
         """A name for the content: equal values have equal digests."""
-        made = blake2b(digest_size=16)
-        made.update(repr((self.block_size, self.q_len, self.kv_len, self.query_offset)).encode())
+        hashed = blake2b(digest_size=16)
+        hashed.update(repr((self.block_size, self.q_len, self.kv_len, self.query_offset)).encode())
         for tensor in (self.indptr, self.indices, self.mask_ids, self.masks):
-            made.update(content(tensor))
-        return made.hexdigest()
+            hashed.update(content(tensor))
+        return hashed.hexdigest()
 
     @on_cpu
     def keys(self) -> Tensor:
@@ -241,12 +241,12 @@ def find_csr(digest: str) -> BlockCSR:
     Raises:
         ArgumentError: nobody in this process holds it any more, or ever did.
     """
-    found = _known.get(digest)
-    if found is None:
+    csr = _known.get(digest)
+    if csr is None:
         raise ArgumentError(
             "pattern",
             f"csr:{digest}",
             "a layout that this process still holds",
             "keep the BlockSparse pattern in a variable for as long as its text or a compiled graph is used",
         )
-    return found
+    return csr

@@ -20,8 +20,8 @@ def evaluate(rule: Rule, grid: Grid, table: MaskTable) -> BlockSet:
         return BlockSet(
             torch.empty(0, dtype=torch.int64, device="cpu"), torch.empty(0, dtype=torch.int64, device="cpu")
         )
-    found = _evaluate(rule, False, grid, table)
-    return everything(grid, complement(found), table) if found.absent else found
+    kept = _evaluate(rule, False, grid, table)
+    return everything(grid, complement(kept), table) if kept.absent else kept
 
 
 def _evaluate(rule: Rule, flipped: bool, grid: Grid, table: MaskTable) -> BlockSet:
@@ -29,14 +29,14 @@ def _evaluate(rule: Rule, flipped: bool, grid: Grid, table: MaskTable) -> BlockS
     while isinstance(rule, Not):
         rule, flipped = rule.rule, not flipped
     if isinstance(rule, And):
-        found = _meet([(part, False) for part in rule.rules], grid, table)
+        kept = _meet([(part, False) for part in rule.rules], grid, table)
     elif isinstance(rule, Or):  # a | b is ~(~a & ~b)
-        found = complement(_meet([(part, True) for part in rule.rules], grid, table))
+        kept = complement(_meet([(part, True) for part in rule.rules], grid, table))
     elif rule.unit is None or rule.unit == grid.block_size:
-        found = rule.blocks(grid, table)
+        kept = rule.blocks(grid, table)
     else:
-        found = _refined(rule, grid, table)
-    return complement(found) if flipped else found
+        kept = _refined(rule, grid, table)
+    return complement(kept) if flipped else kept
 
 
 def _meet(parts: list[tuple[Rule, bool]], grid: Grid, table: MaskTable) -> BlockSet:
@@ -57,19 +57,19 @@ def _meet(parts: list[tuple[Rule, bool]], grid: Grid, table: MaskTable) -> Block
             outside.append(Band(rule.left, rule.right))
         else:
             sets.append(_evaluate(rule, flipped, grid, table))
-    if within is not None and all(one.absent for one in sets):
+    if within is not None and all(blocks.absent for blocks in sets):
         sets.append(within.blocks(grid, table))
         within = None
-    if all(one.absent for one in sets):
+    if all(blocks.absent for blocks in sets):
         sets += [complement(band.blocks(grid, table)) for band in outside]
         outside = []
-    sets.sort(key=lambda one: (one.absent, len(one.keys)))
-    found = reduce(lambda a, b: intersect(a, b, table), sets)
+    sets.sort(key=lambda blocks: (blocks.absent, len(blocks.keys)))
+    kept = reduce(lambda a, b: intersect(a, b, table), sets)
     if within is not None:
-        found = listed(found.keys, table.meet(found.states, within.at(grid, table, found.keys)))
+        kept = listed(kept.keys, table.meet(kept.states, within.at(grid, table, kept.keys)))
     for band in outside:
-        found = listed(found.keys, table.without(found.states, band.at(grid, table, found.keys)))
-    return found
+        kept = listed(kept.keys, table.without(kept.states, band.at(grid, table, kept.keys)))
+    return kept
 
 
 def _refined(rule: Rule, grid: Grid, table: MaskTable) -> BlockSet:
@@ -77,15 +77,15 @@ def _refined(rule: Rule, grid: Grid, table: MaskTable) -> BlockSet:
     assert rule.unit is not None
     size, times = grid.block_size, rule.unit // grid.block_size
     coarse, coarse_table = grid.scaled(rule.unit), MaskTable(rule.unit)
-    found = rule.blocks(coarse, coarse_table)
+    large = rule.blocks(coarse, coarse_table)
     fine = [torch.zeros(1, times, times, dtype=torch.int64, device="cpu")]
     for part in torch.split(coarse_table.masks, coarse_table.chunk):
         cut = part.view(-1, times, size, times, size).transpose(2, 3).reshape(-1, size, size)
         fine.append(table.add(cut).view(-1, times, times))
     step = torch.arange(times, dtype=torch.int64, device="cpu")
-    row = (found.keys // coarse.columns + coarse.first_row) * times - grid.first_row
+    row = (large.keys // coarse.columns + coarse.first_row) * times - grid.first_row
     rows = row[:, None, None] + step[:, None]
-    columns = (found.keys % coarse.columns * times)[:, None, None] + step[None, :]
+    columns = (large.keys % coarse.columns * times)[:, None, None] + step[None, :]
     there = (rows >= 0) & (rows < grid.rows) & (columns < grid.columns)
     keys, order = (rows * grid.columns + columns)[there].sort()
-    return listed(keys, torch.cat(fine)[found.states][there][order])
+    return listed(keys, torch.cat(fine)[large.states][there][order])

@@ -46,11 +46,11 @@ def from_block_mask(block_mask: BlockMask) -> BlockSparse:
         want = "block sizes of which one divides the other"
         raise ArgumentError("block_mask", f"BLOCK_SIZE=({tall}, {wide})", want, "make it with BLOCK_SIZE=128")
     batch, heads = block_mask.kv_indices.shape[:2]
-    found = [[_head(block_mask, entry, head, size) for head in range(heads)] for entry in range(batch)]
-    if any(one != found[0] for one in found):
+    layouts = [[_head(block_mask, entry, head, size) for head in range(heads)] for entry in range(batch)]
+    if any(of_entry != layouts[0] for of_entry in layouts):
         want = "the same mask for every batch entry"
         raise ArgumentError("block_mask", f"{batch} batch entries that differ", want, "make it with B=None")
-    return BlockSparse(size, found[0] if heads > 1 else found[0][0])
+    return BlockSparse(size, layouts[0] if heads > 1 else layouts[0][0])
 
 
 layout_from = from_block_mask
@@ -124,7 +124,7 @@ def _tables(blocks: HeadBlocks) -> tuple[Tensor, Tensor]:
         torch.ones(1, size, size, dtype=torch.bool, device="cpu"),
     ]
     for number, layout in enumerate(blocks.layouts):
-        shift = sum(len(one) for one in masks) - 1
+        shift = sum(len(part) for part in masks) - 1
         table[number].view(-1)[layout.keys()] = torch.where(layout.mask_ids == FULL, 1, layout.mask_ids + shift)
         masks.append(layout.masks)
     return table, torch.cat(masks)
@@ -137,10 +137,10 @@ def _ordered(there: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mask_mod(size: int, table: Tensor, masks: Tensor, of_head: Tensor) -> Callable[..., Tensor]:
-    one = len(of_head) == 1  # such a mask serves any number of heads
+    shared = len(of_head) == 1  # such a mask serves any number of heads
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        layout = of_head[0] if one else of_head[h]
+        layout = of_head[0] if shared else of_head[h]
         return masks[table[layout, q_idx // size, kv_idx // size], q_idx % size, kv_idx % size]
 
     return mask_mod
@@ -165,34 +165,34 @@ def _keys(mask: BlockMask, counts: Tensor, indices: Tensor, grid: Grid) -> Tenso
     """The keys of the listed blocks, cut into squares, as far as they lie within the sequence."""
     counts, indices = counts.cpu().long(), indices.cpu().long()
     tall, wide = (side // grid.block_size for side in mask.BLOCK_SIZE)
-    row, place = (torch.arange(indices.shape[1], dtype=torch.int64, device="cpu") < counts[:, None]).nonzero(
+    row, number = (torch.arange(indices.shape[1], dtype=torch.int64, device="cpu") < counts[:, None]).nonzero(
         as_tuple=True
     )
-    column = indices[row, place]
-    found = []
+    column = indices[row, number]
+    keys = []
     for down, along in product(range(tall), range(wide)):
         rows, columns = row * tall + down, column * wide + along
         there = (rows < grid.rows) & (columns >= 0) & (columns < grid.columns)
-        found.append((rows * grid.columns + columns)[there])
-    return torch.cat(found)
+        keys.append((rows * grid.columns + columns)[there])
+    return torch.cat(keys)
 
 
 def _evaluated(mask: BlockMask, entry: int, head: int, keys: Tensor, grid: Grid, table: MaskTable) -> Tensor:
     """The states of partial blocks, by the mask's own function of positions."""
     device = mask.kv_indices.device
     size = grid.block_size
-    one = torch.arange(size, device=device, dtype=torch.int64)
+    step = torch.arange(size, device=device, dtype=torch.int64)
     b, h = torch.tensor(entry, device=device, dtype=torch.int64), torch.tensor(head, device=device, dtype=torch.int64)
     asked = torch.vmap(mask.mask_mod, in_dims=(None, None, 0, 0))
-    found = [torch.zeros(0, dtype=torch.int64, device="cpu")]
+    states = [torch.zeros(0, dtype=torch.int64, device="cpu")]
     for part in torch.split(keys.to(device), max(1, table.chunk // 16)):  # two int64 positions a pair
         if not len(part):
             break
-        query = (part // grid.columns * size)[:, None, None] + one[:, None]
-        key = (part % grid.columns * size)[:, None, None] + one[None, :]
+        query = (part // grid.columns * size)[:, None, None] + step[:, None]
+        key = (part % grid.columns * size)[:, None, None] + step[None, :]
         there = (query < grid.q_len) & (key < grid.kv_len)
         shape = there.shape
         inside = (query.clamp(max=grid.q_len - 1), key.clamp(max=grid.kv_len - 1))
         kept = asked(b, h, *(position.expand(shape).flatten() for position in inside))
-        found.append(table.add((kept.view(shape) & there).cpu()))
-    return torch.cat(found)
+        states.append(table.add((kept.view(shape) & there).cpu()))
+    return torch.cat(states)

@@ -104,7 +104,7 @@ class Grid:
 
     def inside(self, row: int, column: int) -> Tensor:
         """The token pairs of a block that exist: `(block_size, block_size)` bool. `row` counts from the first row."""
-        one = torch.arange(self.block_size, dtype=torch.int64, device="cpu")
-        query = (self.first_row + row) * self.block_size + one
+        step = torch.arange(self.block_size, dtype=torch.int64, device="cpu")
+        query = (self.first_row + row) * self.block_size + step
         there = (query >= self.query_offset) & (query < self.query_offset + self.q_len)
-        return there[:, None] & (column * self.block_size + one < self.kv_len)[None, :]
+        return there[:, None] & (column * self.block_size + step < self.kv_len)[None, :]

@@ -49,7 +49,7 @@ class MaskTable:
 
     @property
     def masks(self) -> Tensor:
-        """`(count, block_size, block_size)` bool."""
+        """All of them, in order of their states: `(count, block_size, block_size)` bool."""
         if len(self._parts) > 1:
             self._parts = [torch.cat(self._parts)]
         return self._parts[0]
@@ -79,11 +79,11 @@ class MaskTable:
             states.append(self._found[digest])
         if new:
             self._parts.append(masks[new])
-        found = torch.tensor(states, dtype=torch.int64, device="cpu")
-        return found if inverse is None else found[inverse]
+        of_distinct = torch.tensor(states, dtype=torch.int64, device="cpu")
+        return of_distinct if inverse is None else of_distinct[inverse]
 
     def _distinct(self, masks: Tensor) -> tuple[list[int], Tensor | None]:
-        """Numbers of masks among which every distinct one is, and for each mask its place among them."""
+        """Numbers of masks among which every distinct one is, and for each mask the index of its equal there."""
         count = len(masks)
         if count <= _FEW:
             return list(range(count)), None
@@ -133,10 +133,10 @@ class MaskTable:
 
     def expand(self, states: Tensor) -> Tensor:
         """The masks of `(n,)` states that are not empty: `(n, block_size, block_size)` bool."""
-        found = self.masks.new_ones(len(states), self.block_size, self.block_size)
+        masks = self.masks.new_ones(len(states), self.block_size, self.block_size)
         partial = states > FULL
-        found[partial] = self.masks[states[partial] - 1]
-        return found
+        masks[partial] = self.masks[states[partial] - 1]
+        return masks
 
 
 def _and_not(a: Tensor, b: Tensor) -> Tensor:
@@ -144,13 +144,13 @@ def _and_not(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _unique(codes: Tensor, bound: int) -> tuple[Tensor, Tensor]:
-    """The distinct codes, ascending, and the place of each code among them. All are below `bound`."""
+    """The distinct codes, ascending, and the index of each code among them. All are below `bound`."""
     if bound > _DENSE_PAIRS:
         distinct, inverse = torch.unique(codes, return_inverse=True)
         return distinct, inverse
     seen = torch.zeros(bound, dtype=torch.bool, device="cpu")
     seen[codes] = True
     distinct = seen.nonzero().squeeze(1)
-    place = torch.empty(bound, dtype=torch.int64, device="cpu")
-    place[distinct] = torch.arange(len(distinct), dtype=torch.int64, device="cpu")
-    return distinct, place[codes]
+    index = torch.empty(bound, dtype=torch.int64, device="cpu")
+    index[distinct] = torch.arange(len(distinct), dtype=torch.int64, device="cpu")
+    return distinct, index[codes]

@@ -13,7 +13,7 @@ from longspan.patterns.blocks.masks import EMPTY, FULL, MaskTable
 from longspan.patterns.blocks.rules import Rule
 from longspan.patterns.blocks.sets import BlockSet, check_count, listed, unite
 
-__all__ = ["Dilation", "GlobalBlocks", "GlobalTokens", "Hierarchy", "Layout", "Strides", "suffix"]
+__all__ = ["Dilation", "ExplicitBlocks", "GlobalBlocks", "GlobalTokens", "Hierarchy", "Strides", "suffix"]
 
 
 def suffix(unit: int, block_size: int) -> str:
@@ -52,7 +52,7 @@ class GlobalBlocks(Rule):
 
     def text(self, block_size: int) -> str:
         """`global:0,-1`."""
-        return "global:" + ",".join([str(one) for one in self.numbers]) + suffix(self.unit, block_size)
+        return "global:" + ",".join([str(number) for number in self.numbers]) + suffix(self.unit, block_size)
 
     def allowed(self, query: Tensor, key: Tensor, head: int, kv_len: int) -> Tensor:
         """Either end lies in a global block."""
@@ -64,7 +64,7 @@ class GlobalBlocks(Rule):
         return kept
 
     def blocks(self, grid: Grid, table: MaskTable) -> BlockSet:
-        """All full."""
+        """Whole rows and columns of full blocks."""
         numbers = torch.tensor(_from_start(self.numbers, grid.columns), dtype=torch.int64, device="cpu")
         return _lines(grid, table, numbers, torch.zeros(2, len(numbers), dtype=torch.int64, device="cpu"))
 
@@ -80,7 +80,7 @@ class GlobalTokens(Rule):
 
     def text(self, block_size: int) -> str:
         """`tokens:0,-1`."""
-        return "tokens:" + ",".join([str(one) for one in self.positions])
+        return "tokens:" + ",".join([str(position) for position in self.positions])
 
     def allowed(self, query: Tensor, key: Tensor, head: int, kv_len: int) -> Tensor:
         """Either end is a global token."""
@@ -116,7 +116,7 @@ class _Distances(Rule):
         raise NotImplementedError
 
     def blocks(self, grid: Grid, table: MaskTable) -> BlockSet:
-        """All full."""
+        """Full blocks along the diagonals at the kept distances."""
         rows = grid.row_numbers()
         kept = self.distances(grid.first_row - grid.columns + 1, grid.first_row + grid.rows - 1).flip(0)
         check_count(len(rows) * len(kept))
@@ -145,7 +145,7 @@ class Strides(_Distances):
         return (query // self.unit - key // self.unit) % self.stride == 0
 
     def distances(self, low: int, high: int) -> Tensor:
-        """Multiples."""
+        """The multiples of the stride."""
         first = -(-low // self.stride)
         return torch.arange(first, max(first, high // self.stride + 1), dtype=torch.int64, device="cpu") * self.stride
 
@@ -171,7 +171,7 @@ class Dilation(_Distances):
         return (apart % self.rate == 0) & (apart <= self.reach * self.rate)
 
     def distances(self, low: int, high: int) -> Tensor:
-        """Multiples within reach."""
+        """The multiples of the rate, as many to either side as the reach says."""
         first, last = max(-self.reach, -(-low // self.rate)), min(self.reach, high // self.rate)
         return torch.arange(first, max(first, last + 1), dtype=torch.int64, device="cpu") * self.rate
 
@@ -206,22 +206,22 @@ class Hierarchy(_Distances):
     def distances(self, low: int, high: int) -> Tensor:
         """Level by level, to either side."""
         furthest = max(abs(low), abs(high))
-        found = [torch.arange(min(self.near, furthest + 1), dtype=torch.int64, device="cpu")]
+        levels = [torch.arange(min(self.near, furthest + 1), dtype=torch.int64, device="cpu")]
         step, start = 2, self.near
         while start <= furthest:
             first = -(-start // step) * step
-            found.append(
+            levels.append(
                 torch.arange(first, max(first, min(2 * start, furthest + 1)), step, dtype=torch.int64, device="cpu")
             )
             step, start = 2 * step, 2 * start
-        ahead = torch.cat(found)
+        ahead = torch.cat(levels)
         both = torch.cat([-ahead[1:].flip(0), ahead])
         return both[(both >= low) & (both <= high)]
 
 
 @frozen(slots=False, init=False)
-class Layout(Rule):
-    """Blocks that are given, for one length."""
+class ExplicitBlocks(Rule):
+    """The blocks of a layout that somebody made, for its own length alone."""
 
     csr: BlockCSR
     name: str
@@ -243,12 +243,12 @@ class Layout(Rule):
         row = query // size - csr.first_row
         there = (query >= csr.query_offset) & (query < csr.query_offset + csr.q_len) & (key >= 0) & (key < kv_len)
         column = key // size
-        found = mask_ids[(row * csr.columns + column).clamp(0, len(mask_ids) - 1)]
+        mask_id = mask_ids[(row * csr.columns + column).clamp(0, len(mask_ids) - 1)]
         bits = torch.cat([csr.masks.new_ones(1, size, size), csr.masks]).to(key.device)
-        return there & (found >= 0) & bits[found.clamp(min=0), query % size, key % size]
+        return there & (mask_id >= 0) & bits[mask_id.clamp(min=0), query % size, key % size]
 
     def blocks(self, grid: Grid, table: MaskTable) -> BlockSet:
-        """As given."""
+        """The layout's own blocks, on the grid that they were made for."""
         csr = self.csr
         _check_lengths(csr, grid.q_len, grid.kv_len, grid.query_offset)
         states = [table.add(part) for part in torch.split(csr.masks, table.chunk)]

@@ -79,18 +79,18 @@ def _flat(kind: type[Or] | type[And], *rules: Rule) -> Iterator[Rule]:
 
 
 def _common_heads(rules: Sequence[Rule]) -> int | None:
-    found = None
+    heads = None
     for rule in rules:
-        if rule.heads is not None and found is not None and rule.heads != found:
-            got = f"parts for {found} and for {rule.heads} heads"
+        if rule.heads is not None and heads is not None and rule.heads != heads:
+            got = f"parts for {heads} and for {rule.heads} heads"
             raise ArgumentError("layout", got, "as many heads in every part that has its own layout for each head")
-        found = rule.heads if found is None else found
-    return found
+        heads = rule.heads if heads is None else heads
+    return heads
 
 
 @frozen(slots=False, init=False)
-class Or(Rule):
-    """The pairs that some of the rules keep."""
+class _Composition(Rule):
+    """Base of the rules that are made of several."""
 
     rules: tuple[Rule, ...]
 
@@ -100,13 +100,18 @@ class Or(Rule):
 
     @property
     def heads(self) -> int | None:
-        """As the parts."""
+        """As many as the parts that are for a number of heads, which agree; None where no part is."""
         return _common_heads(self.rules)
 
     @property
     def units(self) -> frozenset[int]:
-        """Those of the parts."""
+        """The block sizes of all parts."""
         return frozenset().union(*[rule.units for rule in self.rules])
+
+
+@frozen(slots=False, init=False)
+class Or(_Composition):
+    """The pairs that some of the rules keep."""
 
     def at(self, head: int) -> Rule:
         """The union of the head's rules."""
@@ -117,29 +122,13 @@ class Or(Rule):
         return "|".join([rule.text(block_size) for rule in self.rules])
 
     def allowed(self, query: Tensor, key: Tensor, head: int, kv_len: int) -> Tensor:
-        """Any."""
+        """The pairs that any part keeps."""
         return reduce(torch.logical_or, [rule.allowed(query, key, head, kv_len) for rule in self.rules])
 
 
 @frozen(slots=False, init=False)
-class And(Rule):
+class And(_Composition):
     """The pairs that all of the rules keep."""
-
-    rules: tuple[Rule, ...]
-
-    def __init__(self, *rules: Rule) -> None:
-        _common_heads(rules)
-        self.__dict__["rules"] = rules
-
-    @property
-    def heads(self) -> int | None:
-        """As the parts."""
-        return _common_heads(self.rules)
-
-    @property
-    def units(self) -> frozenset[int]:
-        """Those of the parts."""
-        return frozenset().union(*[rule.units for rule in self.rules])
 
     def at(self, head: int) -> Rule:
         """The intersection of the head's rules."""
@@ -150,7 +139,7 @@ class And(Rule):
         return "&".join([_bracketed(rule, Or, block_size) for rule in self.rules])
 
     def allowed(self, query: Tensor, key: Tensor, head: int, kv_len: int) -> Tensor:
-        """All."""
+        """The pairs that every part keeps."""
         return reduce(torch.logical_and, [rule.allowed(query, key, head, kv_len) for rule in self.rules])
 
 
@@ -165,12 +154,12 @@ class Not(Rule):
 
     @property
     def heads(self) -> int | None:
-        """As the rule."""
+        """As many as the rule is for."""
         return self.rule.heads
 
     @property
     def units(self) -> frozenset[int]:
-        """As the rule."""
+        """The block sizes that the rule has."""
         return self.rule.units
 
     def at(self, head: int) -> Rule:
@@ -182,7 +171,7 @@ class Not(Rule):
         return "~" + _bracketed(self.rule, (Or, And), block_size)
 
     def allowed(self, query: Tensor, key: Tensor, head: int, kv_len: int) -> Tensor:
-        """Not."""
+        """The pairs that the rule does not keep."""
         return ~self.rule.allowed(query, key, head, kv_len)
 
 
@@ -191,10 +180,8 @@ def _bracketed(rule: Rule, kinds: type[Rule] | tuple[type[Rule], ...], block_siz
 
 
 @frozen(slots=False, init=False)
-class PerHead(Rule):
+class PerHead(_Composition):
     """A rule for each head."""
-
-    rules: tuple[Rule, ...]
 
     def __init__(self, *rules: Rule) -> None:
         if not rules:
@@ -209,13 +196,8 @@ class PerHead(Rule):
         """As many as there are rules."""
         return len(self.rules)
 
-    @property
-    def units(self) -> frozenset[int]:
-        """Those of the parts."""
-        return frozenset().union(*[rule.units for rule in self.rules])
-
     def at(self, head: int) -> Rule:
-        """The head's own."""
+        """The head's own rule."""
         return self.rules[head]
 
     def text(self, block_size: int) -> str:
@@ -223,7 +205,7 @@ class PerHead(Rule):
         return "heads(" + ";".join([rule.text(block_size) for rule in self.rules]) + ")"
 
     def allowed(self, query: Tensor, key: Tensor, head: int, kv_len: int) -> Tensor:
-        """The head's own."""
+        """The pairs that the head's own rule keeps."""
         return self.rules[head].allowed(query, key, head, kv_len)
 
 
@@ -246,12 +228,12 @@ class Local(Rule):
         return "local:" + ",".join(["*" if end is None else str(end) for end in (self.left, self.right)])
 
     def allowed(self, query: Tensor, key: Tensor, head: int, kv_len: int) -> Tensor:
-        """By the distance."""
+        """The pairs whose distance lies within both bounds."""
         kept = (key >= 0) & (query >= 0)
         if self.left is not None:
             kept = kept & (key >= query - self.left)
         return kept if self.right is None else kept & (key <= query + self.right)
 
     def blocks(self, grid: Grid, table: MaskTable) -> BlockSet:
-        """A band."""
+        """The blocks of a band, of which at most four a row are partial."""
         return Band(self.left, self.right).blocks(grid, table)

@@ -67,7 +67,7 @@ class Drawn(Rule):
         return kept
 
     def blocks(self, grid: Grid, table: MaskTable) -> BlockSet:
-        """All full."""
+        """As many full blocks in each row as are drawn."""
         columns = grid.columns
         count = self.count(columns)
         check_count(grid.rows * count)
@@ -101,18 +101,18 @@ def _permuted(seed: int, rows: Tensor, columns: int, count: int) -> Tensor:
     low_mask, high_mask = (1 << low_bits) - 1, (1 << (bits - low_bits)) - 1
     keys = [key[:, None] for key in _round_keys(seed, rows)]
     x = torch.arange(count, dtype=torch.int64, device="cpu").repeat(len(rows), 1)
-    found, where = x, torch.arange(x.numel(), dtype=torch.int64, device="cpu")
+    numbers, unfinished = x, torch.arange(x.numel(), dtype=torch.int64, device="cpu")
     while True:
         high, low = x >> low_bits, x & low_mask
         for number in range(0, _ROUNDS, 2):
             high = high ^ (_mix(low ^ keys[number]) & high_mask)
             low = low ^ (_mix(high ^ keys[number + 1]) & low_mask)
         x = high << low_bits | low
-        found.view(-1)[where] = x.flatten()
+        numbers.view(-1)[unfinished] = x.flatten()
         out = (x >= columns).flatten()
         if not bool(out.any()):
-            return found
-        where = where[out]
+            return numbers
+        unfinished = unfinished[out]
         keys = [key.expand_as(x).flatten()[out] for key in keys]
         x = x.flatten()[out]
 

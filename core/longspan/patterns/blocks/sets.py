@@ -53,9 +53,9 @@ class Band:
         states = torch.zeros(max(0, high - low + 1), dtype=torch.int64, device="cpu")
         full_low, full_high = -((right + 1 - size) // size), (left + 1 - size) // size
         ends = sorted({*range(low, min(full_low, high + 1)), *range(max(full_high + 1, low), high + 1)})
-        one = torch.arange(size, dtype=torch.int64, device="cpu")
+        step = torch.arange(size, dtype=torch.int64, device="cpu")
         for difference in ends:  # at most four, whatever the length
-            apart = difference * size + one[:, None] - one[None, :]
+            apart = difference * size + step[:, None] - step[None, :]
             states[difference - low] = table.add(((apart <= left) & (apart >= -right))[None])[0]
         return low, states
 
@@ -79,12 +79,12 @@ class Band:
         keys = torch.arange(total, dtype=torch.int64, device="cpu") + torch.repeat_interleave(
             shift, counts, output_size=total
         )
-        found = torch.zeros(total, dtype=torch.int64, device="cpu")
-        for place in states.nonzero().squeeze(1).tolist():
-            column = rows - (low + place)
+        of_block = torch.zeros(total, dtype=torch.int64, device="cpu")
+        for number in states.nonzero().squeeze(1).tolist():
+            column = rows - (low + number)
             there = (column >= first) & (column < first + counts)
-            found[(starts + column - first)[there]] = states[place]
-        return listed(keys, found)
+            of_block[(starts + column - first)[there]] = states[number]
+        return listed(keys, of_block)
 
 
 def check_count(count: int) -> int:
@@ -103,7 +103,7 @@ def listed(keys: Tensor, states: Tensor) -> BlockSet:
 
 
 def complement(blocks: BlockSet) -> BlockSet:
-    """Everything but these."""
+    """All blocks and pairs of the grid but these."""
     return BlockSet(blocks.keys, blocks.states, not blocks.absent)
 
 
@@ -120,16 +120,16 @@ def intersect(a: BlockSet, b: BlockSet, table: MaskTable) -> BlockSet:
     """The pairs in both sets. The time is that of `a`'s list, so it is the shorter one; absent only where both are."""
     if a.absent:
         return complement(unite(complement(a), complement(b), table))
-    _, found = _look_up(b, a.keys)
-    return listed(a.keys, table.without(a.states, found) if b.absent else table.meet(a.states, found))
+    _, other = _look_up(b, a.keys)
+    return listed(a.keys, table.without(a.states, other) if b.absent else table.meet(a.states, other))
 
 
 def unite(a: BlockSet, b: BlockSet, table: MaskTable) -> BlockSet:
     """The pairs in either of two listed sets."""
-    place, found = _look_up(a, b.keys)
-    shared = found != EMPTY
+    index, known = _look_up(a, b.keys)
+    shared = known != EMPTY
     states = a.states.clone()
-    states[place[shared]] = table.join(found[shared], b.states[shared])
+    states[index[shared]] = table.join(known[shared], b.states[shared])
     new = ~shared
     keys = b.keys[new]
     from_a = torch.arange(len(a.keys), dtype=torch.int64, device="cpu") + torch.searchsorted(keys, a.keys)
@@ -142,11 +142,11 @@ def unite(a: BlockSet, b: BlockSet, table: MaskTable) -> BlockSet:
 
 
 def _look_up(blocks: BlockSet, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """For each key, its place in the list (or another block's) and its listed state."""
+    """For each key, its index in the list (or another block's) and its listed state."""
     if not len(blocks.keys):
         return torch.zeros_like(keys), torch.full_like(keys, EMPTY)
-    place = torch.searchsorted(blocks.keys, keys).clamp_(max=len(blocks.keys) - 1)
-    return place, torch.where(blocks.keys[place] == keys, blocks.states[place], EMPTY)
+    index = torch.searchsorted(blocks.keys, keys).clamp_(max=len(blocks.keys) - 1)
+    return index, torch.where(blocks.keys[index] == keys, blocks.states[index], EMPTY)
 
 
 def _least(a: int | None, b: int | None) -> int | None:

@@ -14,7 +14,7 @@ from longspan.patterns.blocks.csr import BlockCSR, HeadBlocks
 from longspan.patterns.blocks.evaluation import evaluate
 from longspan.patterns.blocks.grid import Grid, check_whole, on_cpu
 from longspan.patterns.blocks.masks import MaskTable
-from longspan.patterns.blocks.primitives import Layout
+from longspan.patterns.blocks.primitives import ExplicitBlocks
 from longspan.patterns.blocks.rules import And, Local, PerHead, Rule
 from longspan.patterns.blocks.text import parse_rule
 from longspan.patterns.text import READERS
@@ -111,10 +111,10 @@ class BlockSparse(Pattern):
             raise ArgumentError("pattern", got, "a layout for each head, or one for all", "use longspan.per_head")
 
     def __repr__(self) -> str:
-        if isinstance(self.layout, Layout):
+        if isinstance(self.layout, ExplicitBlocks):
             return f"BlockSparse({self.block_size}, {self.layout.csr!r})"
-        if isinstance(self.layout, PerHead) and all(isinstance(rule, Layout) for rule in self.layout.rules):
-            distinct = dict.fromkeys(rule.csr for rule in self.layout.rules if isinstance(rule, Layout))
+        if isinstance(self.layout, PerHead) and all(isinstance(rule, ExplicitBlocks) for rule in self.layout.rules):
+            distinct = dict.fromkeys(rule.csr for rule in self.layout.rules if isinstance(rule, ExplicitBlocks))
             return f"BlockSparse({self.block_size}, {len(self.layout.rules)} heads with layouts of {list(distinct)})"
         return f"BlockSparse({self.block_size}, {self.layout.text(self.block_size)!r})"
 
@@ -139,16 +139,16 @@ class BlockSparse(Pattern):
         grid = Grid(self.block_size, q_len, q_len if kv_len is None else kv_len, query_offset)
         check_whole("heads", heads, 1)
         self.check(heads)
-        found: dict[Rule, int] = {}
+        index_of: dict[Rule, int] = {}
         layouts: list[BlockCSR] = []
         of_head = []
         for head in range(heads):
             rule = self.layout.at(head)
-            if rule not in found:
-                made = _blocks(rule, grid, is_causal)
-                found[rule] = layouts.index(made) if made in layouts else len(layouts)
-                layouts += [made] if found[rule] == len(layouts) else []
-            of_head.append(found[rule])
+            if rule not in index_of:
+                csr = _blocks(rule, grid, is_causal)
+                index_of[rule] = layouts.index(csr) if csr in layouts else len(layouts)
+                layouts += [csr] if index_of[rule] == len(layouts) else []
+            of_head.append(index_of[rule])
         return HeadBlocks(tuple(layouts), tuple(of_head))
 
     def density(
@@ -207,8 +207,8 @@ class ChosenBlocks(BlockSparse):
         self, q_len: int, kv_len: int | None = None, *, is_causal: bool = False, query_offset: int = 0, heads: int = 1
     ) -> HeadBlocks:
         """As `BlockSparse.csr`, but each head has its own."""
-        found = super().csr(q_len, kv_len, is_causal=is_causal, query_offset=query_offset, heads=heads)
-        return HeadBlocks(tuple(found[head] for head in range(heads)), tuple(range(heads)))
+        shared = super().csr(q_len, kv_len, is_causal=is_causal, query_offset=query_offset, heads=heads)
+        return HeadBlocks(tuple(shared[head] for head in range(heads)), tuple(range(heads)))
 
 
 def per_head(patterns: Sequence[BlockSparse | SlidingWindow | Dense]) -> BlockSparse:
@@ -217,21 +217,21 @@ def per_head(patterns: Sequence[BlockSparse | SlidingWindow | Dense]) -> BlockSp
     Raises:
         ArgumentError: no pattern, block sizes of which none divides the others, no block-sparse pattern among them.
     """
-    sizes = [one.block_size for one in patterns if isinstance(one, BlockSparse)]
+    sizes = [pattern.block_size for pattern in patterns if isinstance(pattern, BlockSparse)]
     if not sizes:
         raise ArgumentError(
             "patterns", repr(list(patterns)), "at least one BlockSparse pattern", "e.g. local_blocks(256)"
         )
     like = BlockSparse(min(sizes), Local(None, None))
-    return BlockSparse(min(sizes), PerHead(*[_operand(like, one)[1] for one in patterns]))
+    return BlockSparse(min(sizes), PerHead(*[_operand(like, pattern)[1] for pattern in patterns]))
 
 
 def _blocks(rule: Rule, grid: Grid, is_causal: bool) -> BlockCSR:
-    if isinstance(rule, Layout) and rule.csr.grid == grid and not is_causal:
+    if isinstance(rule, ExplicitBlocks) and rule.csr.grid == grid and not is_causal:
         return rule.csr
     table = MaskTable(grid.block_size)
-    found = evaluate(And(rule, Local(None, 0)) if is_causal else rule, grid, table)
-    return BlockCSR.of(grid, found.keys, found.states, table)
+    kept = evaluate(And(rule, Local(None, 0)) if is_causal else rule, grid, table)
+    return BlockCSR.of(grid, kept.keys, kept.states, table)
 
 
 def _operand(mine: BlockSparse, other: object) -> tuple[int, Rule]:
@@ -255,20 +255,22 @@ def _rule(layout: object, block_size: int) -> Rule:
     if isinstance(layout, str):
         return parse_rule(layout, block_size)
     given: list[BlockCSR] = []
-    for one in layout if isinstance(layout, Sequence) else (layout,):
-        if not isinstance(one, BlockCSR):
-            raise ArgumentError("layout", type(one).__name__, "a rule, its text, a BlockCSR or a sequence of BlockCSR",
+    for csr in layout if isinstance(layout, Sequence) else (layout,):
+        if not isinstance(csr, BlockCSR):
+            raise ArgumentError("layout", type(csr).__name__, "a rule, its text, a BlockCSR or a sequence of BlockCSR",
                                 "build one with local_blocks, global_blocks, ...")  # fmt: skip
-        given.append(one)
-        if one.grid != given[0].grid:
+        given.append(csr)
+        if csr.grid != given[0].grid:
             got = "layouts of different lengths or block sizes"
             raise ArgumentError("layout", got, "the same for every head", "make them alike, or use per_head")
     if not given:
         raise ArgumentError("layout", "an empty sequence", "a layout for each head", "give at least one BlockCSR")
-    if not any(one.nnz for one in given):
+    if not any(csr.nnz for csr in given):
         want = "at least one kept block"
         raise ArgumentError("layout", "an empty layout, which keeps no block", want, "check the layout's indptr")
-    return PerHead(*[Layout(one) for one in given]) if isinstance(layout, Sequence) else Layout(given[0])
+    return (
+        PerHead(*[ExplicitBlocks(csr) for csr in given]) if isinstance(layout, Sequence) else ExplicitBlocks(given[0])
+    )
 
 
 def _read(text: str) -> BlockSparse:

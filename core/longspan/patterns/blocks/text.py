@@ -7,7 +7,7 @@ import re
 from longspan.errors import ArgumentError
 from longspan.patterns.blocks.csr import find_csr
 from longspan.patterns.blocks.grid import check_whole
-from longspan.patterns.blocks.primitives import Dilation, GlobalBlocks, GlobalTokens, Hierarchy, Layout, Strides
+from longspan.patterns.blocks.primitives import Dilation, ExplicitBlocks, GlobalBlocks, GlobalTokens, Hierarchy, Strides
 from longspan.patterns.blocks.rules import Local, PerHead, Rule
 from longspan.patterns.blocks.sampling import Drawn
 from longspan.spec.pattern import FURTHEST
@@ -41,13 +41,13 @@ def parse_rule(text: str, block_size: int) -> Rule:
         ArgumentError: the text is no rule; the message lists what there is.
     """
     tokens = []
-    place = 0
-    while place < len(text.rstrip()):
-        match = _TOKEN.match(text, place)
+    start = 0
+    while start < len(text.rstrip()):
+        match = _TOKEN.match(text, start)
         if match is None:
             raise _wrong(text)
         tokens.append(match[1])
-        place = match.end()
+        start = match.end()
     reader = _Reader(text, tokens, block_size)
     rule = reader.union()
     if reader.tokens:
@@ -114,7 +114,7 @@ class _Reader:
         if word in ("causal", "all"):
             return Local(None, 0 if word == "causal" else None)
         if word == "csr":
-            return Layout(find_csr(rest))
+            return ExplicitBlocks(find_csr(rest))
         parts = rest.split(",")
         if word == "local":
             left, right = (None if part == "*" else int(part) for part in parts)

@@ -185,7 +185,7 @@ def estimated_mass(scores: Tensor, chosen: Tensor, scoring: BlockScoring) -> Ten
     Returns:
         `(batch, heads)`: the mean over queries.
     """
-    low, high = (one.to(scores.device) for one in scoring.grid.row_spans())
+    low, high = (span.to(scores.device) for span in scoring.grid.row_spans())
     seen = _visible_pairs(scoring).to(scores.device)
     logs = scores.masked_fill(seen == 0, -torch.inf) + seen.to(scores.dtype).log()
     kept = logs.masked_fill(~chosen, -torch.inf).logsumexp(-1)

@@ -201,17 +201,17 @@ def scorings(problem: Problem) -> tuple[tuple[int, BlockScoring], ...]:
     def blocks(q_len: int, kv_len: int, query_offset: int) -> BlockScoring:
         return BlockScoring(pattern.block_size, q_len, kv_len, query_offset, problem.is_causal, problem.scale)
 
-    found = [(0, blocks(problem.q_len, problem.kv_len, problem.query_offset))]
+    parts = [(0, blocks(problem.q_len, problem.kv_len, problem.query_offset))]
     if problem.documents is not None:
-        found = [(a, blocks(b - a, b - a, 0)) for a, b in pairwise(problem.documents) if b > a]
-    return tuple(found)
+        parts = [(a, blocks(b - a, b - a, 0)) for a, b in pairwise(problem.documents) if b > a]
+    return tuple(parts)
 
 
 def chosen_for(problem: Problem, query: Tensor, key: Tensor) -> tuple[Part, ...]:
     """The choice for each document; its scores have a gradient where one is being recorded."""
     pattern = problem.pattern
     assert isinstance(pattern, TopKBlocks)
-    found = []
+    parts = []
     for start, scoring in scorings(problem):
         if problem.documents is not None:
             query_part = query[:, :, start : start + scoring.q_len]
@@ -221,8 +221,8 @@ def chosen_for(problem: Problem, query: Tensor, key: Tensor) -> tuple[Part, ...]
         scores = scores_by(pattern.scorer, query_part, key_part, scoring)
         with torch.no_grad():
             chosen = best(scores.detach(), scoring, min(pattern.k, scoring.columns))
-        found.append(Part(start, scoring, scores, chosen))
-    return tuple(found)
+        parts.append(Part(start, scoring, scores, chosen))
+    return tuple(parts)
 
 
 def _no_gradient(given: str, at: str, least: int) -> ArgumentError:
@@ -243,7 +243,7 @@ def _name(scorer: Scorer) -> str:
 def _read(text: str) -> TopKBlocks:
     """`topk_blocks:K` or `topk_blocks:K:SIZE`."""
     _, *numbers = text.split(":")
-    if not 1 <= len(numbers) <= 2 or not all(one.strip().isdecimal() for one in numbers):
+    if not 1 <= len(numbers) <= 2 or not all(number.strip().isdecimal() for number in numbers):
         raise ArgumentError("pattern", repr(text), "topk_blocks:K or topk_blocks:K:SIZE", "e.g. topk_blocks:8:128")
     k, size = [*map(int, numbers), 128][:2]
     return TopKBlocks(k, size)
@@ -260,10 +260,10 @@ def stand_in(problem: Problem) -> Problem:
     """
     pattern = problem.pattern
     assert isinstance(pattern, TopKBlocks)
-    found = scorings(problem)
-    if not found:
+    parts = scorings(problem)
+    if not parts:
         return problem.replace(pattern=Dense(), documents=None)
-    scoring = max((one for _, one in found), key=lambda one: one.kv_len)
+    scoring = max((scoring for _, scoring in parts), key=lambda scoring: scoring.kv_len)
     grid, kept = scoring.grid, min(pattern.k, scoring.columns)
     near = torch.arange(kept, dtype=torch.int64, device="cpu")
     own = grid.row_numbers().clamp(max=grid.columns - 1)[:, None]

@@ -106,22 +106,22 @@ def scores_by(scorer: Scorer | None, query: Tensor, key: Tensor, scoring: BlockS
     Raises:
         ArgumentError: no tensor, the wrong shape, dtype or device, a NaN or inf for a block that may be chosen.
     """
-    found = (scorer or mean_scores)(query, key, scoring)
+    scores = (scorer or mean_scores)(query, key, scoring)
     shape = (*query.shape[:2], scoring.rows, scoring.columns)
     want = f"a floating tensor of shape {shape} (batch, heads, query blocks, key blocks) on {query.device}"
-    if not isinstance(found, Tensor):
-        raise ArgumentError("scorer", f"a result of type {type(found).__name__}", want, "return the scores alone")
-    if found.shape != shape or not found.is_floating_point() or found.device != query.device:
-        got = f"scores of shape {tuple(found.shape)}, {found.dtype}, on {found.device}"
+    if not isinstance(scores, Tensor):
+        raise ArgumentError("scorer", f"a result of type {type(scores).__name__}", want, "return the scores alone")
+    if scores.shape != shape or not scores.is_floating_point() or scores.device != query.device:
+        got = f"scores of shape {tuple(scores.shape)}, {scores.dtype}, on {scores.device}"
         raise ArgumentError("scorer", got, want, "score every query block of every head against every key block")
-    found = found.to(wide_dtype(query.dtype))
-    bad = scoring.candidates(query.device).logical_and(found.detach().isfinite().logical_not_())
+    scores = scores.to(wide_dtype(query.dtype))
+    bad = scoring.candidates(query.device).logical_and(scores.detach().isfinite().logical_not_())
     if bool(bad.any()):
         entry, head, row, column = bad.nonzero()[0].tolist()
-        got = f"{float(found[entry, head, row, column])} for batch entry {entry}, head {head}, block ({row}, {column})"
-        fix = "mend the scorer" if scorer else "look for NaN and inf in query and key: means are scored"
+        got = f"{float(scores[entry, head, row, column])} for batch entry {entry}, head {head}, block ({row}, {column})"
+        fix = "fix the scorer" if scorer else "look for NaN and inf in query and key: means are scored"
         raise ArgumentError("scorer", got, "finite scores for all blocks that may be chosen", fix)
-    return found
+    return scores
 
 
 def _means(tensor: Tensor, lead: int, size: int) -> Tensor:
