@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import torch
+from attrs import evolve
 
-__all__ = ["assert_same", "qkv", "randn"]
+import longspan as ls
+from longspan_plugins import pascal_fp32
+
+__all__ = ["PascalOnCpu", "assert_same", "qkv", "randn"]
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
@@ -23,3 +27,15 @@ def assert_same(found, wanted):
     """Bit for bit, dtypes included."""
     for number, (one, other) in enumerate(zip(found, wanted, strict=True)):
         assert one.dtype == other.dtype and torch.equal(one, other), f"result {number}"
+
+
+class PascalOnCpu:
+    """pascal_fp32 as it is, for CPUs: what it widens runs on torch's operators there too, and needs no GPU of 2016."""
+
+    @ls.hookimpl
+    def longspan_capabilities(self):
+        return evolve(pascal_fp32.longspan_capabilities(), devices=("cpu",), contains_nonfinite=("cpu",), opt_in=True)
+
+    @ls.hookimpl
+    def longspan_kernel(self, problem):
+        return pascal_fp32.longspan_kernel(problem)

@@ -49,13 +49,8 @@ def defaults(dtype: torch.dtype, device: str | None) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def dtype_of(backend: str) -> torch.dtype:
-    return torch.float16 if backend == "pascal_fp32" else torch.float32
-
-
-def inputs_for(backend: str) -> list[torch.Tensor]:
+def inputs_for(dtype: torch.dtype) -> list[torch.Tensor]:
     """Query, key, value and a gradient; made under plain defaults."""
-    dtype = dtype_of(backend)
     return [*qkv(1, 2, 110, 16, dtype=dtype), randn(1, 2, 110, 16, seed=9, dtype=dtype)]
 
 
@@ -82,8 +77,9 @@ def results(backend: str, name: str, tensors: list[torch.Tensor]) -> list[torch.
 
 
 def check(backend: str, dtype: torch.dtype, device: str | None) -> int:
-    """How many patterns it served, the same under these defaults and without."""
-    tensors, served = inputs_for(backend), 0
+    """How many patterns it served, the same under these defaults and without; `backend` may name a dtype after it."""
+    backend, _, precision = backend.partition(" ")
+    tensors, served = inputs_for(getattr(torch, precision or "float32")), 0
     for name in list(PATTERNS)[:2] if backend == "flex" else PATTERNS:  # uncompiled it takes seconds for the others
         with defaults(dtype, device):
             found = results(backend, name, tensors)

@@ -9,7 +9,9 @@ import torch
 
 import longspan as ls
 from longspan.testing import oracle
-from small import assert_same
+from longspan_plugins import sdpa
+from longspan_plugins.sdpa import tiles
+from small import PascalOnCpu, assert_same
 
 VIEWS = {
     "as_strided", "view", "_unsafe_view", "expand", "slice", "transpose", "unsqueeze", "squeeze", "flatten", "permute",
@@ -86,12 +88,12 @@ def test_verify_tells_a_false_claim():
 
 @pytest.mark.parametrize("tile", [2**14, 2**16, 2**23])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_pascal_fp32_gives_the_same_whatever_its_tiles(monkeypatch, tile, is_causal):
-    from longspan_plugins import pascal_fp32
-
-    monkeypatch.setattr(pascal_fp32, "TILE_BYTES", tile)
+@pytest.mark.parametrize("backend", ["pascal", "sdpa"])
+def test_widened_tiles_give_the_same_whatever_their_size(monkeypatch, register, backend, tile, is_causal):
+    monkeypatch.setattr(tiles, "TILE_BYTES", tile)
+    register(PascalOnCpu(), "pascal")
     q, k, v = (x.requires_grad_() for x in tensors(700, torch.float16, heads=4))
-    out = ls.attention(q, k, v, is_causal=is_causal, backend="pascal_fp32")
+    out = ls.attention(q, k, v, is_causal=is_causal, backend=backend)
     want = oracle(q, k, v, is_causal=is_causal)
     assert out.dtype == torch.float16
     assert (out - want).abs().max() < 2e-3
@@ -102,15 +104,44 @@ def test_pascal_fp32_gives_the_same_whatever_its_tiles(monkeypatch, tile, is_cau
         assert (mine - right).abs().max() < 4e-3
 
 
-def test_pascal_fp32_is_chosen_by_the_resolution_whatever_the_caller_is():
-    class Mine(torch.Tensor):
-        pass
+def test_widened_tiles_under_a_mask(monkeypatch):
+    """A row may see keys of some tiles only, or of none."""
+    monkeypatch.setattr(tiles, "TILE_BYTES", 2**14)
+    q, k, v = tensors(700, torch.float16)
+    problem = ls.Problem.like(q, k, v)
+    seen = torch.rand(1, 1, 700, 700, generator=torch.Generator().manual_seed(2)) < 0.3
+    seen[:, :, :, 256:512] &= torch.arange(700)[:, None] % 3 > 0
+    seen[:, :, 40] = False
+    mask = torch.zeros(1, 1, 700, 700).masked_fill(~seen, -torch.inf)
+    kernel, given = sdpa.longspan_kernel(problem), {"is_causal": False, "scale": problem.scale, "mask": seen}
+    out, lse = kernel.forward(q, k, v, mask=mask.half())
+    wide = [x.double() for x in (q, k, v)]
+    want, want_lse = ls.blockwise.forward(*wide, **given)
+    torch.testing.assert_close(out.double(), want, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(lse.double(), want_lse, atol=1e-5, rtol=1e-5)
+    assert not out[:, :, 40].any()
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).half()
+    got = kernel.backward(dout, q, k, v, out, lse, mask=mask.half())
+    exact = ls.blockwise.backward(dout.double(), *wide, want, want_lse, **given)
+    for mine, right in zip(got, exact, strict=True):
+        torch.testing.assert_close(mine.double(), right, atol=3e-3, rtol=3e-3)
 
+
+class Mine(torch.Tensor):
+    """A user's own class."""
+
+
+@pytest.mark.parametrize(("device", "backend"), [("sm_61", "pascal_fp32"), ("cpu", "cpu_fused")])
+def test_half_precision_is_widened_by_the_resolution_whatever_the_caller_is(device, backend):
+    for one in (torch.Tensor, Mine):
+        problem = ls.Problem.like(*(x.as_subclass(one) for x in tensors(20, torch.float16)))
+        assert ls.explain(problem, device=device).chosen == backend
+
+
+def test_pascal_fp32_is_for_the_devices_that_it_is_named_after():
     q, k, v = tensors(20, torch.float16)
-    assert ls.plan(ls.Problem.like(q, k, v)).backend == "pascal_fp32"
-    assert (
-        ls.plan(ls.Problem.like(q.as_subclass(Mine), k.as_subclass(Mine), v.as_subclass(Mine))).backend == "pascal_fp32"
-    )
+    with pytest.raises(ls.BackendUnavailable, match=r"(?s)device is cpu \(needs cuda==6\.0.*backend='cpu_fused'"):
+        ls.attention(q, k, v, backend="pascal_fp32")
 
 
 FLASH_ATTN = """

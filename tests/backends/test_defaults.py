@@ -66,9 +66,12 @@ def test_the_rule_finds_what_is_not_named(source):
     assert not unnamed("torch.empty(3, dtype=x.dtype, device=x.device), x.new_empty(3), torch.zeros_like(x)")
 
 
-BACKENDS = ["cpu_fused", "pascal_fp32", "sdpa", "reference", "block_sparse_batched", "torch_sparse", "flex"]
+BACKENDS = [
+    *("cpu_fused", "cpu_fused float16", "sdpa", "sdpa float16", "reference", "block_sparse_batched", "torch_sparse"),
+    "flex",
+]
 ALL = len(PATTERNS)
-SERVED = {"pascal_fp32": ALL - 1, "torch_sparse": ALL - 1, "block_sparse_batched": ALL - 1, "flex": 2}
+SERVED = {"torch_sparse": ALL - 1, "block_sparse_batched": ALL - 1, "flex": 2}
 """Those that draw no dropout serve all but that."""
 
 

@@ -27,7 +27,7 @@ from longspan.testing import tolerance
 from longspan.testing.oracle import visible
 from longspan.tools.bench.sidebyside import machine
 
-BACKENDS = ("cpu_fused", "sdpa", "reference", "pascal_fp32", "block_sparse_batched", "torch_sparse")
+BACKENDS = ("cpu_fused", "sdpa", "reference", "block_sparse_batched", "torch_sparse")
 FEW = 8
 """Queries of `rows`, keys of `columns`."""
 LIMITS = {"out": 2.0, "lse": 2.0, "dquery": 3.0, "dkey": 3.0, "dvalue": 3.0}

@@ -215,9 +215,10 @@ def test_any_strides(layout):
     [
         ("sdpa", torch.float32),
         ("sdpa", torch.bfloat16),
+        ("sdpa", torch.float16),
+        ("cpu_fused", torch.float16),
         ("block_sparse_batched", torch.bfloat16),
         ("torch_sparse", torch.float32),
-        ("pascal_fp32", torch.float16),
         ("flex", torch.float32),
         ("flex", torch.bfloat16),
     ],

@@ -10,7 +10,8 @@ import torch
 import longspan as ls
 from longspan import containment
 from longspan.testing import cases_for, run_case
-from longspan_plugins.cpu_fused import composed
+from longspan_plugins import sdpa
+from longspan_plugins.sdpa import tiles
 
 BAD = (math.inf, -math.inf, math.nan)
 N, HIDDEN = 64, 40
@@ -50,12 +51,14 @@ def test_past_rows_and_their_gradients_stay_finite(dtype, backend, pattern, bad)
 
 
 @pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("n", [512, 700])
-def test_tiles_of_torchs_products_keep_the_bits_of_the_past(bad, n):
-    """What serves dense float32 attention where there is no C compiler."""
+def test_widened_tiles_keep_the_bits_of_the_past(monkeypatch, bad, n, dtype):
+    """What serves dense float16 attention where there is no C compiler, and all half precision on GPUs without it."""
+    monkeypatch.setattr(tiles, "TILE_BYTES", 2**14)
     generator = torch.Generator().manual_seed(1)
-    q, k, v = (torch.randn(1, 2, n, 32, generator=generator) for _ in range(3))
-    kernel = composed.kernel(ls.Problem.like(q, k, v, is_causal=True))
+    q, k, v = (torch.randn(1, 2, n, 32, generator=generator).to(dtype) for _ in range(3))
+    kernel = sdpa.widened(ls.Problem.like(q, k, v, is_causal=True))
     out, lse = kernel.forward(q, k, v)
     for which in (1, 2):
         edited = [q, k.clone(), v.clone()]

@@ -85,7 +85,7 @@ def test_error_at_most_two_and_three_times_that_of_naive_torch(backend, name, dt
 
 
 LONG, FEW = 65536, 4
-EVERY = ("cpu_fused", "sdpa", "reference", "pascal_fp32", "block_sparse_batched", "torch_sparse")
+EVERY = ("cpu_fused", "sdpa", "reference", "block_sparse_batched", "torch_sparse")
 LIMITS = {"out": 2.0, "lse": 2.0, "dquery": 3.0, "dkey": 3.0, "dvalue": 3.0}
 
 
@@ -145,12 +145,12 @@ def test_a_half_precision_query_sums_its_gradient_over_more_keys_in_float32(dtyp
 @pytest.mark.parametrize(("queries", "keys"), [(FEW, 4096), (4096, FEW)], ids=["rows", "columns"])
 @pytest.mark.parametrize("values", ["normal", "positive"])
 @pytest.mark.parametrize("dim", [256, 1024])
-@pytest.mark.parametrize("backend", [name for name in EVERY if name != "pascal_fp32"])
+@pytest.mark.parametrize("backend", EVERY)
 def test_wide_heads_lose_no_more_than_naive_torch(backend, dim, values, queries, keys):
     check_long(backend, queries, keys, 1, dim, values, dim**-0.5, torch.float32)
 
 
-@pytest.mark.parametrize("backend", [name for name in EVERY if name != "pascal_fp32"])
+@pytest.mark.parametrize("backend", EVERY)
 def test_columns_of_heads_that_share_keys(backend):
     check_long(backend, 16384, FEW, 4, 32, "positive", 32**-0.5, torch.float32)
 

@@ -244,7 +244,7 @@ def test_it_reads_back_what_was_measured(monkeypatch):
     made = make_profile(torch.device("cpu"), quick=True)
     made.save()
     assert current_profile("cpu") == made
-    assert {m.backend for m in made.measures} >= {"sdpa", "cpu_fused", "pascal_fp32"}
+    assert {m.backend for m in made.measures if m.dtype == "float16"} >= {"sdpa", "cpu_fused"}
     assert {m.pattern for m in made.measures} == {"dense", "window", "dilated"}
     assert all(m.forward > 0 and m.backward > 0 for m in made.measures)
     assert made.bandwidth > 0 and set(made.peaks) == {"float32", "bfloat16", "float16"}

@@ -66,7 +66,7 @@ def no_devices(monkeypatch):
 
 
 CHOSEN = {  # by auto, where it is not sdpa: what runs half precision best where
-    ("float32", "cpu"): "cpu_fused", ("float16", "cpu"): "pascal_fp32", ("float16", "sm_61"): "pascal_fp32",
+    ("float32", "cpu"): "cpu_fused", ("float16", "cpu"): "cpu_fused", ("float16", "sm_61"): "pascal_fp32",
 }  # fmt: skip
 
 

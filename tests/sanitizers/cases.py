@@ -80,9 +80,7 @@ class Case:
             self.documents = (0, *cuts, *([self.q_len] if draw.random() < 0.5 else []))
         self.dropout = draw.choice([0.0, 0.0, 0.0, 0.3])
         self.pattern = self._pattern()
-        self.backend = draw.choice(["cpu_fused"] * 6 + ["pascal_fp32" if self.dtype is torch.float16 else None])
-        if self.backend == "pascal_fp32":
-            self.dropout = 0.0
+        self.backend = draw.choice(["cpu_fused"] * 6 + [None])
         if isinstance(self.pattern, ls.TopKBlocks) and self.documents:
             self.dropout = 0.0
         self.default = draw.choice([torch.float32] * 4 + [torch.float64, torch.bfloat16, torch.float16])

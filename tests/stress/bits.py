@@ -33,7 +33,7 @@ from longspan.testing.oracle import visible
 
 __all__ = ["BACKENDS", "Case", "changes", "draw"]
 
-BACKENDS = ("cpu_fused", "sdpa", "reference", "block_sparse_batched", "torch_sparse", "flex", "pascal_fp32")
+BACKENDS = ("cpu_fused", "sdpa", "reference", "block_sparse_batched", "torch_sparse", "flex")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 LAYOUTS = ("contiguous", "transposed", "sliced", "strided", "fused")
 EDITS_EACH = 8
@@ -77,7 +77,7 @@ def draw(seed: int, backends: tuple[str, ...] = BACKENDS) -> Case:
     """The case of a seed."""
     r = random.Random(seed // EDITS_EACH)
     backend = r.choices(backends, [1 if one == "flex" else 8 for one in backends])[0]  # its masks take long to make
-    names = {"torch_sparse": ("float32", "float64"), "pascal_fp32": ("float16",)}
+    names = {"torch_sparse": ("float32", "float64")}
     halves = ("float16", "bfloat16", "float32")
     dtype = r.choice(names.get(backend, halves if backend in ("cpu_fused", "flex") else tuple(DTYPES)))
     long = r.random() < 0.04 and backend not in ("torch_sparse", "flex")

@@ -2,8 +2,8 @@
 
 Native kernels, compiled at first use for the processor at hand (AVX-512 with bfloat16 products, AVX2, or whatever the
 C compiler's vectors become), run dense, windowed and dilated attention over packed documents in one softmax a row, read
-keys and values where they lie, and draw dropout by position. Without a C compiler the same backend composes its tiles
-from torch's operators.
+keys and values where they lie, and draw dropout by position. Without a C compiler the operators of `sdpa` serve in
+their place, and for few queries, which leave most lanes of a vector empty, with one too.
 """
 
 from __future__ import annotations
@@ -15,32 +15,18 @@ from attrs import evolve
 
 from longspan import refresh
 from longspan.plugin import Capabilities, Kernel, Problem, Reason, hookimpl
+from longspan_plugins import sdpa
 
 
 @hookimpl
 def longspan_capabilities() -> Capabilities:
     """Dense, windowed, dilated and block-sparse attention in single and half precision, computed in float32.
 
-    Where native kernels cannot be made, what torch's operators do in their place: dense attention, at no better speed
-    than `sdpa`, which is therefore ranked before it.
+    Where native kernels cannot be made, dense attention by the operators of `sdpa`, which is therefore ranked before.
     """
     from longspan_plugins.cpu_fused.library import failure, installing, missing
 
-    if why := missing() or failure():
-        lack = Reason("compiler", "native kernels", want=why, fix=installing())
-        return Capabilities(
-            devices=("cpu",),
-            dtypes=("float16", "bfloat16", "float32"),
-            patterns=("dense",),
-            causal=True,
-            gqa=True,
-            dropout=True,
-            backward=True,
-            deterministic=True,
-            tier=5,
-            lacks=(lack,),
-        )
-    return Capabilities(
+    native = Capabilities(
         devices=("cpu",),
         dtypes=("float16", "bfloat16", "float32"),
         patterns=("dense", "window", "dilated", "block_sparse"),
@@ -55,6 +41,11 @@ def longspan_capabilities() -> Capabilities:
         contains_nonfinite=("cpu",),
         tier=35,
     )
+    if not (why := missing() or failure()):
+        return native
+    lack = Reason("compiler", "native kernels", want=why, fix=installing())
+    dense = evolve(native, patterns=("dense",), documents=False, window=False, query_offset=False)
+    return evolve(dense, tier=5, lacks=(lack,))
 
 
 @hookimpl
@@ -73,22 +64,17 @@ def longspan_pattern(problem: Problem) -> Any:
 
 @hookimpl
 def longspan_kernel(problem: Problem, layout: Any) -> Kernel | None:
-    """Native kernels over the layout's program; composed tiles for dense problems where there are none."""
-    from longspan_plugins.cpu_fused import composed
-    from longspan_plugins.cpu_fused.library import load
-
-    if native := program_kernel(problem, layout):
-        return native
-    made, why = composed.kernel(problem), load().refusal
-    return made if made is None or not why else evolve(made, library=f"{made.library} ({why})")
-
-
-def program_kernel(problem: Problem, layout: Any) -> Kernel | None:
-    """The native kernel of a problem that is dense or whose layout is a program; None for any other."""
+    """Native kernels over the layout's program; for dense problems without one, the operators of `sdpa`."""
     from longspan_plugins.cpu_fused import native
     from longspan_plugins.cpu_fused.library import load
     from longspan_plugins.cpu_fused.program import Program
 
-    if problem.pattern.kind == "dense" and problem.device.type == "cpu" and not isinstance(layout, Program):
+    if problem.pattern.kind == "dense" and not isinstance(layout, Program):
         layout = longspan_pattern(problem)  # lowered from another pattern, with the core's layout
-    return native.kernel(problem, layout, load()) if isinstance(layout, Program) else None
+    if isinstance(layout, Program):
+        return native.kernel(problem, layout, load())
+    shifted = problem.is_causal and (problem.query_offset or problem.q_len != problem.kv_len)
+    if problem.pattern.kind != "dense" or problem.documents is not None or shifted:
+        return None  # to be lowered
+    kernel: Kernel = sdpa.longspan_kernel(problem)
+    return evolve(kernel, library=f"{kernel.library} ({why})") if (why := load().refusal) else kernel

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 from longspan.plugin import Capabilities, Kernel, Problem, Reason, blockwise, hookimpl
-from longspan_plugins.sdpa import cpu, cuda
+from longspan_plugins.sdpa import cpu, cuda, tiles
+
+PLAIN = "aten::amax"
+"""What the profiler sees of the core's blockwise arithmetic."""
 
 
 @hookimpl
@@ -44,16 +47,48 @@ def longspan_unsupported(problem: Problem) -> Iterable[Reason]:
 
 @hookimpl
 def longspan_kernel(problem: Problem) -> Kernel:
-    """The operator that takes this problem.
+    """The operator that takes this problem; in float16 on a CPU it computes in float32, which is faster there."""
+    half_is_slow = problem.device.type == "cpu" and problem.dtype == "float16"
+    return widened(problem) if half_is_slow else _kernel(problem, *_operators(problem))
 
-    Dropout by position is beyond all of them, and so is a scale that is not positive: they mask with -inf before they
-    multiply.
+
+def widened(problem: Problem) -> Kernel:
+    """Half precision stored, single precision computed, a tile at a time: for devices where half arithmetic is slow.
+
+    Args:
+        problem: a dense one, float16 or bfloat16, without dropout where the device is none of a CPU's.
     """
+    forward, backward, operator = _operators(problem.replace(dtype="float32"))
+    if operator != PLAIN:  # which widens its blocks itself
+        forward, backward = partial(tiles.forward, forward), partial(tiles.backward, backward)
+    return _kernel(problem, forward, backward, operator)
+
+
+def _kernel(problem: Problem, forward: Callable[..., Any], backward: Callable[..., Any], operator: str) -> Kernel:
     given: dict[str, Any] = {"is_causal": problem.is_causal, "scale": problem.scale}
-    forward, backward, operator = _operators(problem)
-    if forward is not cpu.forward:  # which takes masks itself
-        forward, backward = _masking(forward, blockwise.forward), _masking(backward, blockwise.backward)
     return Kernel(partial(forward, **given), partial(backward, **given), (operator,), f"torch {torch.__version__}")
+
+
+def _operators(problem: Problem) -> tuple[Callable[..., Any], Callable[..., Any], str]:
+    """What takes this problem, forward and backward, with a mask or without, and the name that the profiler sees.
+
+    Dropout by position is beyond all of torch's, and so is a scale that is not positive: they mask with -inf before
+    they multiply.
+    """
+    device = problem.device.type
+    forward: Callable[..., Any] = blockwise.forward
+    backward: Callable[..., Any] = blockwise.backward
+    operator = PLAIN
+    if not problem.dropout_p and problem.scale > 0:
+        if device == "cpu":
+            return cpu.forward, cpu.backward, "aten::_scaled_dot_product_flash_attention_for_cpu"
+        if device in ("cuda", "rocm") and _takes_flash(problem):
+            operator = "aten::_scaled_dot_product_flash_attention"
+            forward, backward = cuda.flash_forward, cuda.flash_backward
+        elif device in ("cuda", "rocm") and problem.dtype != "float64" and problem.head_dim % 8 == 0:
+            operator = "aten::_scaled_dot_product_efficient_attention"
+            forward, backward = cuda.efficient_forward, cuda.efficient_backward
+    return _masking(forward, blockwise.forward), _masking(backward, blockwise.backward), operator
 
 
 def _masking(run: Callable[..., Any], blocked: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,18 +98,6 @@ def _masking(run: Callable[..., Any], blocked: Callable[..., Any]) -> Callable[.
         return run(*tensors, **given) if mask is None else blocked(*tensors, mask=mask == 0, **given)
 
     return running
-
-
-def _operators(problem: Problem) -> tuple[Callable[..., Any], Callable[..., Any], str]:
-    device = problem.device.type
-    if not problem.dropout_p and problem.scale > 0:
-        if device == "cpu":
-            return cpu.forward, cpu.backward, "aten::_scaled_dot_product_flash_attention_for_cpu"
-        if device in ("cuda", "rocm") and _takes_flash(problem):
-            return cuda.flash_forward, cuda.flash_backward, "aten::_scaled_dot_product_flash_attention"
-        if device in ("cuda", "rocm") and problem.dtype != "float64" and problem.head_dim % 8 == 0:
-            return cuda.efficient_forward, cuda.efficient_backward, "aten::_scaled_dot_product_efficient_attention"
-    return blockwise.forward, blockwise.backward, "aten::amax"
 
 
 def _takes_flash(problem: Problem) -> bool:
