@@ -59,7 +59,13 @@ class Registry:
     # -- reading
 
     def backends(self) -> tuple[BackendInfo, ...]:
-        """The ledger, broken plugins included, by name."""
+        """Every backend that was found, by name: what it is and can do, or why it was not loaded.
+
+        The first call, here or by a plan, looks for installed backends and imports them; later ones cost nothing.
+
+        Returns:
+            A `BackendInfo` each. Its `state` is loaded, blocked, broken, duplicate or incompatible.
+        """
         self.discover()
         return tuple(sorted([*self._ledger.values(), *self._extra], key=lambda row: (row.name, row.distribution)))
 
@@ -107,13 +113,18 @@ class Registry:
     # -- writing
 
     def register(self, plugin: object, name: str) -> None:
-        """Add a plugin of this process: a module or an object with hook implementations.
+        """Use your own backend in this process without installing it: `longspan.register(my_module, name="mine")`.
 
-        With `longspan_capabilities` it is a backend; without, an extension whose hooks apply to every backend.
+        From then on `longspan.attention(..., backend="mine")` takes it. What has no `longspan_capabilities` is an
+        extension instead, whose hooks (a cache, an allocator, a timing wrapper) apply to every backend.
+
+        Args:
+            plugin: a module or an object whose functions are marked with `longspan.hookimpl`.
+            name: letters, digits, `_`, `-` and `.`; what a backend is then asked for by.
 
         Raises:
             DuplicateBackend: the name is taken.
-            PluginError: the plugin does not keep the hook contract.
+            PluginError: the name cannot be one, or the plugin does not do what its hooks promise.
         """
         if not is_name(name):
             raise PluginError(
@@ -137,7 +148,7 @@ class Registry:
             self.generation += 1
 
     def unregister(self, name: str) -> None:
-        """Remove a plugin by name.
+        """Remove a backend or an extension by the name that it was registered or found by. Plans are made anew.
 
         Raises:
             PluginError: there is none of this name.
