@@ -1,4 +1,4 @@
-"""The exceptions and warnings that longspan raises, all under one root."""
+"""The exceptions and warnings that longspan raises, all under one root, and the checks of plain values."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import sys
 import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeGuard
 
 __all__ = [
+    "FURTHEST",
     "ArgumentError",
     "BackendUnavailable",
     "DuplicateBackend",
@@ -19,10 +20,14 @@ __all__ = [
     "PolicyError",
     "UnknownBackend",
     "brief",
+    "check_integer",
     "check_number",
+    "is_integer",
     "warn_caller",
 ]
 
+FURTHEST = 2**62
+"""Beyond it there are no positions or lengths: sums of two of them are to fit into int64."""
 OURS = ("longspan", "longspan_plugins", "torch")
 """Packages whose lines a reader of a warning cannot change: ours, and the one that may stand between."""
 
@@ -117,3 +122,20 @@ def check_number(name: str, value: object) -> float:
     except OverflowError:  # an integer beyond every float
         raise ArgumentError(name, brief(value), "a finite number", "give a number that a float can hold") from None
     raise ArgumentError(name, brief(value), "a finite number")
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether a value is an integer, and not True or False, which Python counts among them."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_integer(
+    name: str, value: object, least: int = 0, most: int = FURTHEST, fix: str = "give no more than the sequence has"
+) -> int:
+    """`value` as an integer from `least` to `most`, or `ArgumentError`; `fix` says what to do about one beyond."""
+    if not is_integer(value) or value < least:
+        raise ArgumentError(name, brief(value), f"an integer of at least {least}", f"e.g. {name}={max(least, 1)}")
+    if value > most:
+        said = "2**62" if most == FURTHEST else f"{most:,}"
+        raise ArgumentError(name, brief(value), f"an integer of at most {said}", fix)
+    return value

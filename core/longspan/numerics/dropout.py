@@ -12,7 +12,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from longspan.errors import ArgumentError
+from longspan.errors import ArgumentError, is_integer
 
 __all__ = ["Draw", "Dropout", "check_seed", "draw_seed", "signed"]
 
@@ -61,7 +61,7 @@ class Dropout:
 
 def check_seed(seed: object) -> None:
     """Refuse what is no integer."""
-    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+    if seed is not None and not is_integer(seed):
         raise ArgumentError("dropout_seed", repr(seed), "an integer or None", "e.g. dropout_seed=0")
 
 

@@ -7,19 +7,19 @@ from typing import ClassVar
 
 from attrs import frozen
 
-from longspan.errors import ArgumentError, brief
-from longspan.spec.pattern import FURTHEST, Pattern
+from longspan.errors import FURTHEST, ArgumentError, brief, is_integer
+from longspan.spec.pattern import Pattern
 
 __all__ = ["Dilated"]
 
 
 def _lengths(value: object, name: str) -> tuple[int, ...]:
-    if isinstance(value, int) and not isinstance(value, bool):
+    if is_integer(value):
         value = (value,)
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise ArgumentError(name, repr(value), "a non-empty tuple of positive integers", f"e.g. {name}=(2048, 4096)")
     for length in value:
-        if not isinstance(length, int) or isinstance(length, bool) or length <= 0:
+        if not is_integer(length) or length <= 0:
             raise ArgumentError(name, brief(tuple(value)), "positive integers", f"replace {brief(length)}")
         if length > FURTHEST:
             raise ArgumentError(name, brief(length), "positive integers of at most 2**62", "give the sequence's length")

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from attrs import frozen
 
-from longspan.errors import ArgumentError, brief
-from longspan.spec.pattern import FURTHEST, Pattern
+from longspan.errors import check_integer
+from longspan.spec.pattern import Pattern
 
 __all__ = ["SlidingWindow"]
-
-
-def _reach(name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ArgumentError(name, brief(value), "a number of tokens of at least 0", "e.g. SlidingWindow(256, 0)")
-    if value > FURTHEST:
-        raise ArgumentError(name, brief(value), "a number of tokens of at most 2**62", "give the sequence's length")
-    return value
 
 
 @frozen(slots=False, init=False)
@@ -37,7 +29,7 @@ class SlidingWindow(Pattern):
     right: int
 
     def __init__(self, left: int, right: int = 0) -> None:
-        self.__dict__.update(left=_reach("left", left), right=_reach("right", right))
+        self.__dict__.update(left=check_integer("left", left), right=check_integer("right", right))
 
     @property
     def spec(self) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from attrs import asdict, field, fields, frozen
 
-from longspan.errors import ArgumentError, brief
+from longspan.errors import ArgumentError, brief, is_integer
 from longspan.spec.pattern import Pattern
 
 __all__ = ["DTYPES", "BackendInfo", "BufferSpec", "Capabilities", "Kernel", "Reason"]
@@ -200,7 +200,7 @@ class Capabilities:
         if self.head_dim_max is not None:
             numbers["head_dim_max"] = self.head_dim_max
         for name, value in (*numbers.items(), ("tier", self.tier), ("api", self.api)):
-            if not isinstance(value, int) or isinstance(value, bool) or (name in numbers and value < 1):
+            if not is_integer(value) or (name in numbers and value < 1):
                 want = "an integer of at least 1" if name in numbers else "an integer"
                 raise ArgumentError(f"Capabilities.{name}", repr(value), want)
         if self.head_dim_max is not None and self.head_dim_max < self.head_dim_min:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from longspan.errors import ArgumentError, brief
+from longspan.errors import ArgumentError, brief, is_integer
 from longspan.spec.pattern import Pattern
 
 __all__ = ["check_arguments", "check_boundaries", "check_inputs", "check_pattern", "check_strided"]
@@ -58,9 +58,7 @@ def check_strided(name: str, tensor: object) -> None:
         raise ArgumentError(name, kind, "a strided tensor (torch.strided)", "pass packed documents by cu_seqlens")
 
 
-def check_inputs(
-    query: Any, key: Any, value: Any, *, cu_seqlens: object, query_offset: object, **switches: object
-) -> dict[str, Any]:
+def check_inputs(query: Any, key: Any, value: Any, enable_gqa: bool, cu_seqlens: object) -> dict[str, Any]:
     """The fields of a `Problem` that follow from tensors, or `ArgumentError`.
 
     Query is `(batch, heads, q_len, head_dim)`, key and value are `(batch, kv_heads, kv_len, head_dim)`.
@@ -90,7 +88,7 @@ def check_inputs(
             f"query's batch and head_dim, as in ({batch}, kv_heads, kv_len, {head_dim})",
         )
     if key.shape[1] != heads:
-        if not switches["enable_gqa"]:
+        if not enable_gqa:
             raise ArgumentError(
                 "key", f"{key.shape[1]} heads", f"query's {heads} heads", "pass enable_gqa=True for grouped queries"
             )
@@ -98,11 +96,6 @@ def check_inputs(
             raise ArgumentError(
                 "key", f"{key.shape[1]} heads for {heads} query heads", "a divisor of the number of query heads"
             )
-    for switch, given in switches.items():
-        if not isinstance(given, bool):
-            raise ArgumentError(switch, f"{type(given).__name__}", "True or False")
-    if query_offset is not None and (not isinstance(query_offset, int) or isinstance(query_offset, bool)):
-        raise ArgumentError("query_offset", repr(query_offset), "an integer position")
     return {
         "batch": batch,
         "heads": heads,
@@ -112,7 +105,6 @@ def check_inputs(
         "head_dim": head_dim,
         "dtype": query.dtype,
         "documents": None if cu_seqlens is None else _documents(cu_seqlens, query, key.shape[2]),
-        "query_offset": query_offset or 0,
     }
 
 
@@ -127,21 +119,20 @@ def check_arguments(
 ) -> None:
     """What can be said of the arguments without looking into the tensors, in code that a tracer follows."""
     check_pattern(pattern)
-    if not isinstance(is_causal, bool):
-        raise ArgumentError("is_causal", type(is_causal).__name__, "True or False")
-    if not isinstance(enable_gqa, bool):
-        raise ArgumentError("enable_gqa", type(enable_gqa).__name__, "True or False")
+    for name, switch in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        if not isinstance(switch, bool):
+            raise ArgumentError(name, type(switch).__name__, "True or False")
     if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float)):
         raise ArgumentError("scale", repr(scale), "a finite number")
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float):
         raise ArgumentError("dropout_p", repr(dropout_p), "a finite number")
-    if query_offset is not None and (isinstance(query_offset, bool) or not isinstance(query_offset, int)):
+    if query_offset is not None and not is_integer(query_offset):
         raise ArgumentError("query_offset", repr(query_offset), "an integer position")
     if cu_seqlens is not None and not isinstance(cu_seqlens, torch.Tensor):
         whole = isinstance(cu_seqlens, list | tuple)
         if isinstance(cu_seqlens, list | tuple):
             for bound in cu_seqlens:
-                whole = whole and isinstance(bound, int) and not isinstance(bound, bool)
+                whole = whole and is_integer(bound)
         if not whole:
             raise ArgumentError("cu_seqlens", repr(cu_seqlens), "an integer tensor or tuple, e.g. (0, 5, 9)")
 

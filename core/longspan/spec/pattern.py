@@ -6,11 +6,7 @@ from typing import ClassVar
 
 from attrs import frozen
 
-__all__ = ["Dense", "FURTHEST", "Pattern"]
-
-
-FURTHEST = 2**62
-"""Beyond it there are no positions or lengths: sums of two of them are to fit into int64."""
+__all__ = ["Dense", "Pattern"]
 
 
 class Pattern:

@@ -8,12 +8,12 @@ from typing import Any, Never
 import torch
 from attrs import Factory, evolve, field, frozen
 
-from longspan.errors import ArgumentError, brief, check_number
+from longspan.errors import ArgumentError, check_integer, check_number
 from longspan.spec.backend import DTYPES
 from longspan.spec.device import Device
 from longspan.spec.foreign import unknown_argument
-from longspan.spec.inputs import check_boundaries, check_inputs, check_pattern
-from longspan.spec.pattern import FURTHEST, Dense, Pattern
+from longspan.spec.inputs import check_arguments, check_boundaries, check_inputs, check_pattern
+from longspan.spec.pattern import Dense, Pattern
 
 __all__ = ["Problem"]
 
@@ -107,16 +107,9 @@ class Problem:
         """
         if foreign:
             raise unknown_argument("Problem.like()", foreign, _LIKE)
-        fields = check_inputs(
-            query,
-            key,
-            value,
-            cu_seqlens=cu_seqlens,
-            query_offset=query_offset,
-            enable_gqa=enable_gqa,
-            is_causal=is_causal,
-        )
-        pattern = Dense() if pattern is None else check_pattern(pattern)
+        pattern = Dense() if pattern is None else pattern
+        check_arguments(pattern, is_causal, enable_gqa, scale, dropout_p, cu_seqlens, query_offset)
+        fields = check_inputs(query, key, value, enable_gqa, cu_seqlens) | {"query_offset": query_offset or 0}
         if fields["q_len"] != fields["kv_len"] and query_offset is None and (is_causal or pattern.positional):
             last = fields["kv_len"] - fields["q_len"]
             raise ArgumentError(
@@ -156,12 +149,7 @@ class Problem:
 
 def _check_problem(problem: Problem) -> None:
     for name in ("batch", "heads", "kv_heads", "q_len", "kv_len", "head_dim", "query_offset"):
-        value = getattr(problem, name)
-        least = 1 if name == "head_dim" else 0
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ArgumentError(name, brief(value), f"an integer of at least {least}")
-        if value > FURTHEST:
-            raise ArgumentError(name, brief(value), "an integer of at most 2**62", "no sequence reaches so far")
+        check_integer(name, getattr(problem, name), 1 if name == "head_dim" else 0)
     check_pattern(problem.pattern)
     if problem.kv_heads and problem.heads % problem.kv_heads:
         raise ArgumentError(

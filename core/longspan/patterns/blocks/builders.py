@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from longspan.errors import ArgumentError, brief, check_number
-from longspan.patterns.blocks.grid import check_whole
+from longspan.errors import FURTHEST, ArgumentError, brief, check_integer, check_number, is_integer
+from longspan.patterns.blocks.grid import check_block_size
 from longspan.patterns.blocks.primitives import Dilation, GlobalBlocks, GlobalTokens, Hierarchy, Strides
 from longspan.patterns.blocks.rules import Local
 from longspan.patterns.blocks.sampling import Drawn
 from longspan.patterns.blocks.sparse import BlockSparse
-from longspan.spec.pattern import FURTHEST
 
 __all__ = [
     "bigbird",
@@ -31,8 +30,8 @@ LISTED = 2**16
 
 def local_blocks(left: int, right: int = 0, block_size: int = 128) -> BlockSparse:
     """Query `i` sees keys `i - left` to `i + right`, in tokens, both ends included, as `SlidingWindow(left, right)`."""
-    check_whole("left", left)
-    check_whole("right", right)
+    check_integer("left", left)
+    check_integer("right", right)
     return BlockSparse(block_size, Local(left, right))
 
 
@@ -44,11 +43,11 @@ def global_blocks(blocks: int | Sequence[int] = 1, block_size: int = 128) -> Blo
         block_size: tokens a block.
     """
     if isinstance(blocks, int):
-        if check_whole("blocks", blocks, 1) > LISTED:
+        if check_integer("blocks", blocks, 1) > LISTED:
             fix = "longspan.Dense(), or a larger block_size"
             raise ArgumentError("blocks", f"{brief(blocks)} blocks", f"at most {LISTED:,} global blocks", fix)
         blocks = tuple(range(blocks))
-    check_whole("block_size", block_size, 1)
+    check_block_size(block_size)
     return BlockSparse(block_size, GlobalBlocks(_numbers("blocks", blocks), block_size))
 
 
@@ -62,8 +61,8 @@ def strided_blocks(stride: int, block_size: int = 128) -> BlockSparse:
 
     The strided half of Sparse Transformers (Child et al., 2019, arXiv 1904.10509, section 4.2), in blocks.
     """
-    check_whole("stride", stride, 1)
-    check_whole("block_size", block_size, 1)
+    check_integer("stride", stride, 1)
+    check_block_size(block_size)
     return BlockSparse(block_size, Strides(stride, block_size))
 
 
@@ -72,9 +71,9 @@ def dilated_blocks(reach: int, rate: int, block_size: int = 128) -> BlockSparse:
 
     A sliding window with gaps (Longformer, Beltagy et al., 2020, arXiv 2004.05150, section 3.1), in blocks.
     """
-    check_whole("reach", reach)
-    check_whole("rate", rate, 1)
-    check_whole("block_size", block_size, 1)
+    check_integer("reach", reach)
+    check_integer("rate", rate, 1)
+    check_block_size(block_size)
     return BlockSparse(block_size, Dilation(reach, rate, block_size))
 
 
@@ -84,8 +83,8 @@ def hierarchical_blocks(near: int = 4, block_size: int = 128) -> BlockSparse:
     Of the blocks at a distance below `near` blocks from the query's own, all; of those from there to twice as far,
     every 2nd; from there to four times as far, every 4th; and so on, to both sides. Multiples of the step are kept.
     """
-    check_whole("near", near, 1)
-    check_whole("block_size", block_size, 1)
+    check_integer("near", near, 1)
+    check_block_size(block_size)
     return BlockSparse(block_size, Hierarchy(near, block_size))
 
 
@@ -102,7 +101,7 @@ def random_blocks(density: float, block_size: int = 128, seed: int = 0) -> Block
     """
     if not 0 < check_number("density", density) <= 1:
         raise ArgumentError("density", repr(density), "a share above 0 and at most 1", "e.g. random_blocks(0.1)")
-    check_whole("block_size", block_size, 1)
+    check_block_size(block_size)
     return BlockSparse(block_size, Drawn(float(density), _seed(seed), block_size))
 
 
@@ -122,9 +121,9 @@ def bigbird(
         block_size: tokens a block.
         seed: of the random blocks.
     """
-    check_whole("window", window, 1)
-    check_whole("random", random)
-    check_whole("block_size", block_size, 1)
+    check_integer("window", window, 1)
+    check_integer("random", random)
+    check_block_size(block_size)
     if window % 2 == 0:
         raise ArgumentError("window", window, "an odd number of blocks, the query's own in the middle", "e.g. window=3")
     pattern = BlockSparse(block_size, Dilation(window // 2, 1, block_size))
@@ -141,7 +140,7 @@ def longformer(window: int, positions: Sequence[int] = (0,), block_size: int = 1
         positions: of the tokens that see everything and that everything sees.
         block_size: tokens a block.
     """
-    check_whole("window", window)
+    check_integer("window", window)
     if window % 2:
         raise ArgumentError("window", window, "an even number of tokens, half of it to either side", "e.g. window=512")
     pattern = local_blocks(window // 2, window // 2, block_size)
@@ -152,7 +151,7 @@ def _numbers(name: str, values: object) -> tuple[int, ...]:
     if not isinstance(values, Sequence) or isinstance(values, str) or not values:
         raise ArgumentError(name, brief(values), "a non-empty sequence of integers", f"e.g. {name}=(0, -1)")
     for number in values:
-        if not isinstance(number, int) or isinstance(number, bool):
+        if not is_integer(number):
             raise ArgumentError(name, brief(tuple(values)), "integers", f"replace {brief(number)}")
         if abs(number) > FURTHEST:
             raise ArgumentError(name, brief(number), "positions of at most 2**62", "leave it out")
@@ -160,6 +159,6 @@ def _numbers(name: str, values: object) -> tuple[int, ...]:
 
 
 def _seed(seed: object) -> int:
-    if not isinstance(seed, int) or isinstance(seed, bool):
+    if not is_integer(seed):
         raise ArgumentError("seed", repr(seed), "an integer", "e.g. seed=0")
     return seed

@@ -10,10 +10,9 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from longspan.errors import ArgumentError, brief
-from longspan.spec.pattern import FURTHEST
+from longspan.errors import check_integer
 
-__all__ = ["Grid", "check_whole", "on_cpu"]
+__all__ = ["Grid", "check_block_size", "on_cpu"]
 
 Given = ParamSpec("Given")
 Made = TypeVar("Made")
@@ -36,15 +35,9 @@ LARGEST = 2**16
 """Tokens of a block, at most: the mask of one that is partial has as many, squared."""
 
 
-def check_whole(name: str, value: object, least: int = 0) -> int:
-    """`value` as an integer of at least `least`, or `ArgumentError`; one of blocks or tokens, so it has an end too."""
-    most, said = (LARGEST, "65,536") if name == "block_size" else (FURTHEST, "2**62")
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ArgumentError(name, brief(value), f"an integer of at least {least}", f"e.g. {name}={max(least, 1)}")
-    if value > most:
-        fix = "e.g. block_size=128" if name == "block_size" else "give no more than the sequence has"
-        raise ArgumentError(name, brief(value), f"an integer of at most {said}", fix)
-    return value
+def check_block_size(value: object) -> int:
+    """`value` as a number of tokens that a block may have, or `ArgumentError`."""
+    return check_integer("block_size", value, 1, LARGEST, "e.g. block_size=128")
 
 
 @frozen
@@ -61,9 +54,9 @@ class Grid:
     query_offset: int = 0
 
     def __attrs_post_init__(self) -> None:
-        check_whole("block_size", self.block_size, 1)
+        check_block_size(self.block_size)
         for name in ("q_len", "kv_len", "query_offset"):
-            check_whole(name, getattr(self, name))
+            check_integer(name, getattr(self, name))
 
     @property
     def first_row(self) -> int:

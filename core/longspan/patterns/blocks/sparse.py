@@ -9,10 +9,10 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from longspan.errors import ArgumentError
+from longspan.errors import ArgumentError, check_integer
 from longspan.patterns.blocks.csr import BlockCSR, HeadBlocks
 from longspan.patterns.blocks.evaluation import evaluate
-from longspan.patterns.blocks.grid import Grid, check_whole, on_cpu
+from longspan.patterns.blocks.grid import Grid, check_block_size, on_cpu
 from longspan.patterns.blocks.masks import MaskTable
 from longspan.patterns.blocks.primitives import ExplicitBlocks
 from longspan.patterns.blocks.rules import And, Local, PerHead, Rule
@@ -49,7 +49,7 @@ class BlockSparse(Pattern):
     layout: Rule
 
     def __init__(self, block_size: int, layout: Rule | str | BlockCSR | Sequence[BlockCSR]) -> None:
-        check_whole("block_size", block_size, 1)
+        check_block_size(block_size)
         rule = layout if isinstance(layout, Rule) else _rule(layout, block_size)
         for unit in rule.units:
             if unit % block_size:
@@ -137,7 +137,7 @@ class BlockSparse(Pattern):
             ArgumentError: another number of heads, or a given layout of another length.
         """
         grid = Grid(self.block_size, q_len, q_len if kv_len is None else kv_len, query_offset)
-        check_whole("heads", heads, 1)
+        check_integer("heads", heads, 1)
         self.check(heads)
         index_of: dict[Rule, int] = {}
         layouts: list[BlockCSR] = []
@@ -185,7 +185,7 @@ class BlockSparse(Pattern):
         kv_len = q_len if kv_len is None else kv_len
         heads = heads or self.heads or 1
         self.check(heads)
-        check_whole("query_offset", query_offset)
+        check_integer("query_offset", query_offset)
         query, key = (
             query_offset + torch.arange(q_len, dtype=torch.int64, device="cpu")[:, None],
             torch.arange(kv_len, dtype=torch.int64, device="cpu")[None, :],

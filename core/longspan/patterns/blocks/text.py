@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 
-from longspan.errors import ArgumentError
+from longspan.errors import FURTHEST, ArgumentError
 from longspan.patterns.blocks.csr import find_csr
-from longspan.patterns.blocks.grid import check_whole
+from longspan.patterns.blocks.grid import check_block_size
 from longspan.patterns.blocks.primitives import Dilation, ExplicitBlocks, GlobalBlocks, GlobalTokens, Hierarchy, Strides
 from longspan.patterns.blocks.rules import Local, PerHead, Rule
 from longspan.patterns.blocks.sampling import Drawn
-from longspan.spec.pattern import FURTHEST
 
 __all__ = ["WANT", "parse_rule"]
 
@@ -108,8 +107,8 @@ class _Reader:
             raise _wrong(self.text)
         if any(int(number) > FURTHEST for number in re.findall(r"\d+", rest)) and word not in ("csr", "random"):
             raise _wrong(self.text)
-        unit = check_whole("block_size", int(unit_text or self.block_size))
-        if unit == 0 or (unit_text and word in ("local", "causal", "all", "tokens", "csr")):
+        unit = check_block_size(int(unit_text or self.block_size))
+        if unit_text and word in ("local", "causal", "all", "tokens", "csr"):
             raise _wrong(self.text)
         if word in ("causal", "all"):
             return Local(None, 0 if word == "causal" else None)

@@ -9,9 +9,9 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from longspan.errors import ArgumentError, brief
+from longspan.errors import ArgumentError, brief, check_integer
 from longspan.patterns.blocks.csr import BlockCSR
-from longspan.patterns.blocks.grid import check_whole, on_cpu
+from longspan.patterns.blocks.grid import check_block_size, on_cpu
 from longspan.patterns.blocks.masks import FULL, MaskTable
 from longspan.patterns.blocks.sparse import BlockSparse
 from longspan.patterns.text import READERS
@@ -89,8 +89,8 @@ class TopKBlocks(Pattern):
     def __init__(
         self, k: int, block_size: int = 128, scorer: Scorer | None = None, scorer_gradient: str = "none"
     ) -> None:
-        check_whole("k", k, 1)
-        check_whole("block_size", block_size, 1)
+        check_integer("k", k, 1)
+        check_block_size(block_size)
         _check_scorer(scorer)
         if scorer_gradient not in GRADIENTS:
             raise ArgumentError("scorer_gradient", brief(scorer_gradient), " or ".join(map(repr, GRADIENTS)))
