@@ -476,6 +476,6 @@ def test_flags_that_cannot_be_read(text):
 def test_current_reads_any_mapping_and_leaves_the_environment_alone(monkeypatch):
     monkeypatch.setenv("LONGSPAN_BACKEND", "sdpa")
     found = current(None, {"LONGSPAN_PREFER": "reference", "LONGSPAN_BLOCK": "x,x,y"})
-    assert found == Policy(prefer=("reference",), prefer_from="environment", block=("x", "y"))
+    assert found == Policy(prefer=("reference",), prefer_from="environment", deny=("x", "y"))
     assert current("z", {}) == Policy(backend="z", backend_from="argument")
     assert current(None, {}) == Policy()

@@ -188,10 +188,10 @@ def test_what_is_not_loaded_is_never_taken_and_its_error_is_kept(state):
 
 
 def test_what_was_kept_out_by_a_setting_is_not_called_broken():
-    """Neither mending nor uninstalling helps against LONGSPAN_PLUGINS."""
+    """Neither fixing nor uninstalling helps against LONGSPAN_PLUGINS."""
     kept_out = candidate("kept", state="blocked", error="not among LONGSPAN_PLUGINS=builtin")
     fix = resolve(problem(), [kept_out], Policy())["kept"].reasons[0].fix
-    assert "uninstall" not in fix and "mend" not in fix
+    assert "uninstall" not in fix and "fix" not in fix
 
 
 def test_nobody_registered():
@@ -457,7 +457,7 @@ def test_a_resolution_is_asked_by_name():
         found["nobody"]
 
 
-@pytest.mark.parametrize("where", ["backend", "prefer", "block"])
+@pytest.mark.parametrize("where", ["backend", "prefer", "deny"])
 def test_unknown_names_in_a_policy(where):
     value = "plian" if where == "backend" else ("plian",)
     with pytest.raises(ls.UnknownBackend, match="'plain'") as caught:

@@ -584,7 +584,7 @@ def test_the_class_fails_with_the_claim_and_nothing_of_the_kit(tmp_path):
     done = run_pytest(tmp_path, CLASS, "-k", "float32-causal-forward or refuse", backend="DropsCausal")
     assert done.returncode == 1
     assert "AssertionError: mine claims causal=True, but its out is not the oracle's" in done.stdout
-    assert "Next: set causal=False, or mend the kernel" in done.stdout
+    assert "Next: set causal=False, or fix the kernel" in done.stdout
     assert "def run_case" not in done.stdout and "1 failed" in done.stdout
 
 

@@ -340,7 +340,7 @@ def test_naming_a_broken_backend_says_what_is_wrong_and_whose_it_is(shown):
     said = shown["named_broken"].stdout
     assert "BackendUnavailable" in said
     assert BROKEN["broken_import"][2] in said
-    assert "mend or uninstall acme-broken-import" in said
+    assert "fix or uninstall acme-broken-import" in said
     assert shown["explain_broken"].code == 1
     assert BROKEN["broken_import"][2] in shown["explain_broken"].stdout
 

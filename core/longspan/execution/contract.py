@@ -36,7 +36,7 @@ def check_result(backend: str, result: Any, query: Tensor) -> None:
             return
         wanted += _place(query)
         got = f"out {tuple(out.shape)} {out.dtype}{_place(out)} and lse {tuple(lse.shape)} {lse.dtype}{_place(lse)}"
-    raise PluginError(f"{backend}'s kernel returned {got}; want {wanted}. Next: mend the kernel")
+    raise PluginError(f"{backend}'s kernel returned {got}; want {wanted}. Next: fix the kernel")
 
 
 def check_gradients(backend: str, result: Any, inputs: tuple[Tensor, ...]) -> None:
@@ -54,7 +54,7 @@ def check_gradients(backend: str, result: Any, inputs: tuple[Tensor, ...]) -> No
         got = " and ".join(f"{tuple(x.shape)} {x.dtype}{_place(x)}" for x in result)
     else:
         got = f"{type(result).__name__} of {len(result)}" if isinstance(result, tuple | list) else type(result).__name__
-    raise PluginError(f"{backend}'s backward returned {got}; want gradients {wanted}. Next: mend the kernel")
+    raise PluginError(f"{backend}'s backward returned {got}; want gradients {wanted}. Next: fix the kernel")
 
 
 def _lies_like(like: Tensor, *tensors: Tensor) -> bool:

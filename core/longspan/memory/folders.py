@@ -38,7 +38,7 @@ class NotOwn(OSError):
 
 @frozen
 class Unused:
-    """A kept file or folder that is not used as it was meant to be: which, why, and the line that mends it.
+    """A kept file or folder that is not used as it was meant to be: which, why, and the line that fixes it.
 
     `broken`: something that was to work does not; else longspan helps itself.
     """

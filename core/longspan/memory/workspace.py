@@ -261,5 +261,5 @@ def _checked(found: Any, spec: BufferSpec, device: torch.device) -> Tensor:
     here = found.device.type == device.type and device.index in (None, found.device.index)
     if tuple(found.shape) != tuple(spec.shape) or found.dtype is not dtype or not here or not found.is_contiguous():
         got = f"{tuple(found.shape)} {found.dtype} on {found.device}, strides {found.stride()}"
-        raise PluginError(f"allocate() returned {got}; want {spec.shape} {dtype} on {device}. Next: mend the allocator")
+        raise PluginError(f"allocate() returned {got}; want {spec.shape} {dtype} on {device}. Next: fix the allocator")
     return found

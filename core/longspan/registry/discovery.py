@@ -51,7 +51,7 @@ class Registry:
         self._extra: list[BackendInfo] = []  # rows that share a name with another
         self._extensions: set[str] = set()
         self._unimported: list[Entry] = []  # kept out by LONGSPAN_BLOCK, which may be lifted
-        self._block: tuple[str, ...] = ()
+        self._denied: tuple[str, ...] = ()
         self._found = self._busy = False
         self.generation = 0
         _registries.add(self)
@@ -219,7 +219,7 @@ class Registry:
         with self._lock:
             if self._busy:  # a plugin lists backends while it is imported: it sees what there is so far
                 return
-            if not self._found or (self._unimported and names("LONGSPAN_BLOCK") != self._block):
+            if not self._found or (self._unimported and names("LONGSPAN_BLOCK") != self._denied):
                 self._busy = True
                 try:
                     self._discover()
@@ -227,7 +227,7 @@ class Registry:
                     self._busy = False
 
     def _discover(self) -> None:
-        strict, allowed, blocked = flag("LONGSPAN_STRICT"), names("LONGSPAN_PLUGINS"), names("LONGSPAN_BLOCK")
+        strict, allowed, denied = flag("LONGSPAN_STRICT"), names("LONGSPAN_PLUGINS"), names("LONGSPAN_BLOCK")
         entries = self._unimported if self._found else entries_of(entry_points(group=GROUP))
         welcome: dict[str, list[Entry]] = defaultdict(list)
         rows, unimported = [], []
@@ -235,7 +235,7 @@ class Registry:
             if not is_name(entry.name):
                 error = "no backend name: letters, digits, _, - and . only, and not auto. Next: rename the entry point"
                 rows.append(entry.row("broken", error))
-            elif entry.name in blocked:
+            elif entry.name in denied:
                 unimported.append(entry)
                 rows.append(entry.row("blocked", "blocked by LONGSPAN_BLOCK"))
             elif allowed and not entry.is_among(allowed):
@@ -265,7 +265,7 @@ class Registry:
             main, *others = sorted(same_name, key=lambda row: (row.state == "blocked", row.state == "duplicate"))
             self._ledger[name] = main
             self._extra += others
-        self._unimported, self._block, self._found = unimported, blocked, True
+        self._unimported, self._denied, self._found = unimported, denied, True
         self.generation += 1
 
     def load(self, entry: Entry, loader: Loader) -> BackendInfo:

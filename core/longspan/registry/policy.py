@@ -33,20 +33,21 @@ __all__ = [
 class Policy:
     """A wish: one backend by name, an order of preference, a list never to use; and who said so.
 
-    `settled`: all sources were read before, and none is to be read again.
+    `deny`: what `use(block=...)` and `LONGSPAN_BLOCK` name. `is_final`: all sources were read before, and none is to be
+    read again.
     """
 
     backend: str | None = None
     backend_from: str = "auto"
     prefer: tuple[str, ...] = ()
     prefer_from: str = "auto"
-    block: tuple[str, ...] = ()
-    settled: bool = False
+    deny: tuple[str, ...] = ()
+    is_final: bool = False
 
     @property
     def text(self) -> str:
         """All fields as text, for a graph to hold; `in_force` reads it back."""
-        return json.dumps([self.backend, self.backend_from, self.prefer, self.prefer_from, self.block])
+        return json.dumps([self.backend, self.backend_from, self.prefer, self.prefer_from, self.deny])
 
 
 AUTO = "auto"
@@ -80,11 +81,11 @@ class use:
         self, backend: str | None = None, *, prefer: Iterable[str] | str = (), block: Iterable[str] | str = ()
     ) -> None:
         self._backend = _name(backend)
-        self._prefer, self._block = _listed("prefer", prefer), _listed("block", block)
+        self._prefer, self._deny = _listed("prefer", prefer), _listed("block", block)
 
     def __enter__(self) -> None:
         outer = _context.get()
-        policy = evolve(outer, block=(*outer.block, *self._block))
+        policy = evolve(outer, deny=(*outer.deny, *self._deny))
         if self._backend is not None:
             policy = evolve(policy, backend=self._backend, backend_from="context")
         if self._prefer:
@@ -101,7 +102,7 @@ class use:
         """The function under this policy; a coroutine function while its coroutine runs."""
 
         def again() -> use:
-            return use(self._backend, prefer=self._prefer, block=self._block)
+            return use(self._backend, prefer=self._prefer, block=self._deny)
 
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise PolicyError(
@@ -125,7 +126,7 @@ class use:
         return called
 
     def __repr__(self) -> str:
-        return f"longspan.use(backend={self._backend!r}, prefer={self._prefer!r}, block={self._block!r})"
+        return f"longspan.use(backend={self._backend!r}, prefer={self._prefer!r}, block={self._deny!r})"
 
 
 def _name(value: object) -> str | None:
@@ -152,16 +153,16 @@ def fingerprint() -> tuple[object, ...]:
 
 
 def current(backend: str | None = None, environ: Mapping[str, str] | None = None) -> Policy:
-    """The policy in force: argument before context before environment; blocked names add up.
+    """The policy in force: argument before context before environment; denied names add up.
 
     Raises:
         PolicyError: an environment variable that cannot be read.
     """
     policy, backend = _context.get(), _name(backend)
-    if policy.settled:
+    if policy.is_final:
         return policy if backend is None else evolve(policy, backend=backend, backend_from="argument")
-    block = (*policy.block, *names("LONGSPAN_BLOCK", environ))
-    policy = evolve(policy, block=tuple(dict.fromkeys(block)))
+    deny = (*policy.deny, *names("LONGSPAN_BLOCK", environ))
+    policy = evolve(policy, deny=tuple(dict.fromkeys(deny)))
     if not policy.prefer and (prefer := names("LONGSPAN_PREFER", environ)):
         policy = evolve(policy, prefer=prefer, prefer_from="environment")
     if backend is not None:
@@ -207,8 +208,8 @@ def with_backend(backend: str | None, text: str) -> str:
 def in_force(text: str) -> Iterator[None]:
     """Set the policy of a text (`Policy.text`, or `with_backend` of one), in place of any other."""
     argument, _, rest = text.rpartition("\n")
-    backend, backend_from, prefer, prefer_from, block = json.loads(rest)
-    policy = Policy(backend, backend_from, tuple(prefer), prefer_from, tuple(block), settled=True)
+    backend, backend_from, prefer, prefer_from, deny = json.loads(rest)
+    policy = Policy(backend, backend_from, tuple(prefer), prefer_from, tuple(deny), is_final=True)
     token = _context.set(evolve(policy, backend=argument, backend_from="argument") if argument else policy)
     try:
         yield

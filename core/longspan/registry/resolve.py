@@ -169,12 +169,12 @@ def _arguments(problem: Problem, can: Capabilities) -> list[Reason]:
 
 def _state(candidate: Candidate, policy: Policy) -> tuple[Reason, ...]:
     info = candidate.info
-    if info.name in policy.block:
+    if info.name in policy.deny:
         return (Reason("blocked", "backend", f"{info.name}, blocked", "a backend not blocked", "lift the block"),)
     if info.state == "blocked":
         return (Reason("blocked", "backend", info.error, "a backend that may be loaded", "change that variable"),)
     if info.state != "loaded":
-        fix = f"mend or uninstall {info.distribution}" if info.distribution else "see `longspan backends`"
+        fix = f"fix or uninstall {info.distribution}" if info.distribution else "see `longspan backends`"
         return (Reason(info.state, "backend", info.error or info.state, "a loaded plugin", fix),)
     return ()
 
@@ -234,6 +234,6 @@ def _check_names(policy: Policy, known: Sequence[str]) -> None:
     for name in policy.prefer:
         if name not in known:
             raise UnknownBackend(name, known, f"preferred in the {policy.prefer_from}")
-    for name in policy.block:
+    for name in policy.deny:
         if name not in known:
             raise UnknownBackend(name, known, "blocked")

@@ -276,7 +276,7 @@ def _contained(base: Problem, can: Capabilities) -> Iterator[_Draft]:
     if not any(base.device.matches(wanted) for wanted in can.contains_nonfinite):
         return
     words = f"contains_nonfinite={can.contains_nonfinite}"
-    claim = Claim("contains_nonfinite", words, f"leave {base.device.type!r} out of it, or mend the kernel")
+    claim = Claim("contains_nonfinite", words, f"leave {base.device.type!r} out of it, or fix the kernel")
     causal = {"is_causal": True}
     yield _Draft("causal", claim, causal, ("contain",), quick=True)
     yield _Draft("causal-transposed", claim, {**causal, "kv_heads": 2}, ("contain",), layout="transposed")

@@ -17,13 +17,13 @@ class Claim:
 
     field: str
     text: str
-    fix: str = "mend the kernel"
+    fix: str = "fix the kernel"
 
     def __str__(self) -> str:
         return self.text
 
 
-def contract(clause: str, fix: str = "mend the kernel") -> Claim:
+def contract(clause: str, fix: str = "fix the kernel") -> Claim:
     """A clause of the kernel contract, which every backend takes on with the version that it states."""
     return Claim("api", f"api=1 ({clause})", fix)
 
@@ -32,34 +32,34 @@ def claim_of(field: str, problem: Problem, can: Capabilities) -> Claim:
     """What the capabilities say in a field, as it concerns a problem."""
     kind = problem.pattern.kind
     if field == "dtypes":
-        return Claim(field, f"{problem.dtype!r} in dtypes", f"drop {problem.dtype!r} from dtypes, or mend the kernel")
+        return Claim(field, f"{problem.dtype!r} in dtypes", f"drop {problem.dtype!r} from dtypes, or fix the kernel")
     if field == "devices":
-        return Claim(field, f"{problem.device.type!r} in devices", "narrow devices, or mend the kernel")
+        return Claim(field, f"{problem.device.type!r} in devices", "narrow devices, or fix the kernel")
     if field == "head_dim":
         limits = f"head_dim_min={can.head_dim_min}, head_dim_max={can.head_dim_max}"
         text = f"{limits}, head_dim_multiple={can.head_dim_multiple}"
-        return Claim(field, f"{text} (head_dim={problem.head_dim} is within)", "narrow them, or mend the kernel")
+        return Claim(field, f"{text} (head_dim={problem.head_dim} is within)", "narrow them, or fix the kernel")
     if field == "patterns":
         if can.runs(kind):
             said = f"{kind!r} in patterns" if kind in can.patterns else "window=True"
             lowered = ", so that the core lowers it," if "dense" in can.patterns and kind != "dense" else ""
-            return Claim(field, said, f"leave {kind!r} out{lowered} or mend the kernel")
+            return Claim(field, said, f"leave {kind!r} out{lowered} or fix the kernel")
         return Claim(field, f"'dense' in patterns (to which the core lowers {kind!r})")
     if getattr(can, field) is not True:  # the core does it in the backend's place, with dense calls
         how = "key heads then come as views of stride 0" if field == "gqa" else f"the core lowers {field} to it"
         return Claim("patterns", f"'dense' in patterns ({how})")
     fixes = {
-        "gqa": "set gqa=False, so that the core repeats key heads, or mend the kernel",
-        "backward": "set backward=False, so that the core's own backward serves, or mend the kernel's",
+        "gqa": "set gqa=False, so that the core repeats key heads, or fix the kernel",
+        "backward": "set backward=False, so that the core's own backward serves, or fix the kernel's",
     }
-    return Claim(field, f"{field}=True", fixes.get(field, f"set {field}=False, or mend the kernel"))
+    return Claim(field, f"{field}=True", fixes.get(field, f"set {field}=False, or fix the kernel"))
 
 
 def backward_of(claim: Claim) -> Claim:
     """A claim on the forward, as the backend's own backward shares it."""
     if claim.field == "backward":
         return claim
-    fix = "mend its backward, or set backward=False, so that the core's serves"
+    fix = "fix its backward, or set backward=False, so that the core's serves"
     return Claim("backward", f"backward=True with {claim.text}", fix)
 
 

@@ -1,4 +1,4 @@
-"""`longspan doctor`: what works here, what does not, and the line that would mend it."""
+"""`longspan doctor`: what works here, what does not, and the line that would fix it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def doctor(
         typer.Option(metavar="NAME", help="Let a backend be imported again that once crashed the interpreter."),
     ] = None,
 ) -> None:
-    """Say what works here, what does not, and the line that would mend it. Exit code 1 where anything is broken.
+    """Say what works here, what does not, and the line that would fix it. Exit code 1 where anything is broken.
 
     What crashed the interpreter while it was imported is in quarantine: not imported again before --release NAME, or
     before its distribution, Python or torch has another version.
@@ -125,5 +125,5 @@ def _useless(one: Unusable) -> tuple[str, str]:
 def _policy(policy: Policy) -> str:
     words = [f"backend {policy.backend} (from the {policy.backend_from})"] if policy.backend else ["auto"]
     words += [f"prefer {', '.join(policy.prefer)} (from the {policy.prefer_from})"] if policy.prefer else []
-    words += [f"block {', '.join(policy.block)}"] if policy.block else []
+    words += [f"block {', '.join(policy.deny)}"] if policy.deny else []
     return "; ".join(words)

@@ -1,4 +1,4 @@
-"""What works here, what does not, and the line that would mend it: the facts behind `longspan doctor`.
+"""What works here, what does not, and the line that would fix it: the facts behind `longspan doctor`.
 
 Nothing here initialises CUDA, and no setting that cannot be read stops it.
 """

@@ -1,4 +1,4 @@
-"""What is to be mended, and the line that does it."""
+"""What is to be fixed, and the line that does it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LISTS = ("LONGSPAN_BACKEND", "LONGSPAN_PREFER", "LONGSPAN_BLOCK", "LONGSPAN_PLUG
 
 @frozen
 class Remedy:
-    """Something to mend. `lines`: shell commands (or Python, where the reason lies in a tensor), any one will do.
+    """Something to fix. `lines`: shell commands (or Python, where the reason lies in a tensor), any one will do.
 
     `broken`: something that was to work does not; else it is an offer, and all is well without.
     """

@@ -23,7 +23,7 @@ __all__ = ["Report", "examine"]
 
 @frozen
 class Report:
-    """The machine, the ledger, the environment, the policy, and what is to be mended.
+    """The machine, the ledger, the environment, the policy, and what is to be fixed.
 
     `policy` is the text of the error where it cannot be read. `isolated`: no plugin was imported in this process.
     `files`: what is kept on disk and not used.
@@ -93,7 +93,8 @@ def _in_force() -> Policy | str:
 
 
 def _policy(policy: Policy) -> dict[str, Any]:
-    return {name: value for name, value in asdict(policy).items() if name != "settled"}
+    shown = {name: getattr(policy, name) for name in ("backend", "backend_from", "prefer", "prefer_from")}
+    return {**shown, "block": policy.deny}  # as in `use(block=...)`
 
 
 def _quarantine() -> dict[str, Any]:

@@ -71,7 +71,7 @@ def unusable(candidate: Candidate, devices: Iterable[Device]) -> Unusable | None
         return None
     missing = [name for name in ("devices", "dtypes", "patterns") if not getattr(can, name)]
     if missing:
-        claims = [Reason("claims", name, "empty", "what the backend can do", "mend the plugin") for name in missing]
+        claims = [Reason("claims", name, "empty", "what the backend can do", "fix the plugin") for name in missing]
         return Unusable(candidate.name, tuple(("any", reason) for reason in claims))
     patterns = [pattern for pattern in PATTERNS if can.runs(pattern.kind)]
     if not patterns:  # all its patterns are unknown to this list
