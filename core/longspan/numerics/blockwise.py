@@ -135,25 +135,25 @@ def backward(
         q, do, o = (tile.grouped(x).to(wide) for x in (query, dout, out))
         weights = tile.scores(q, key, scale, wide).sub_(tile.grouped(lse.unsqueeze(-1)).to(wide)).exp_()
         seen = tile.seen(mask)
-        slope = do @ tile.keys_of(value).to(wide).transpose(-1, -2)
+        dscores = do @ tile.keys_of(value).to(wide).transpose(-1, -2)
         dropped = weights
         if dropout is not None:
             factors = tile.factors(dropout, weights)
             dropped = weights * factors
-            slope *= factors
-        held = (do * o).sum(-1, keepdim=True)
+            dscores *= factors
+        delta = (do * o).sum(-1, keepdim=True)
         if dlse is not None:
-            held -= tile.grouped(dlse.unsqueeze(-1)).to(wide)
-        slope = slope.sub_(held).mul_(weights).mul_(scale)
+            delta -= tile.grouped(dlse.unsqueeze(-1)).to(wide)
+        dscores = dscores.sub_(delta).mul_(weights).mul_(scale)
         keys = tile.keys_of(key).to(wide)
         if is_causal or seen is not None:  # 0 * NaN is NaN: what a row may not see must not reach it, nor it that
-            for hidden in (slope, weights) if dropped is weights else (slope, weights, dropped):
+            for hidden in (dscores, weights) if dropped is weights else (dscores, weights, dropped):
                 tile.hide(hidden, 0.0) if seen is None else hidden.masked_fill_(~seen, 0.0)
             keys, q = (torch.where(x.isfinite(), x, 0.0) for x in (keys, q))
         at = tile.batch, slice(None), tile.rows
         dvalue[tile.batch, :, tile.keys] += _products(dropped, do, is_causal or seen is not None)
-        dquery[at] = (slope @ keys).view_as(dquery[at])
-        dkey[tile.batch, :, tile.keys] += slope.transpose(-1, -2) @ q
+        dquery[at] = (dscores @ keys).view_as(dquery[at])
+        dkey[tile.batch, :, tile.keys] += dscores.transpose(-1, -2) @ q
     return dquery, dkey.to(key.dtype), dvalue.to(value.dtype)
 
 

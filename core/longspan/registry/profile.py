@@ -207,12 +207,12 @@ def _profile(held: dict[str, Any]) -> Profile:
     Raises:
         KeyError, TypeError, ValueError: one is not.
     """
-    measures, peaks, pays = held.pop("measures"), held.pop("peaks"), held.pop("workspace_threshold")
+    measures, peaks, threshold = held.pop("measures"), held.pop("peaks"), held.pop("workspace_threshold")
     del held["version"]
     return Profile(
         measures=tuple(_measure(dict(_of(dict, row))) for row in _of(list, measures)),
         peaks={_of(str, name): _number(rate) for name, rate in _of(dict, peaks).items()},
-        workspace_threshold=None if pays is None else _count(pays),
+        workspace_threshold=None if threshold is None else _count(threshold),
         bandwidth=_number(held.pop("bandwidth")),
         threads=_count(held.pop("threads")),
         **{name: _of(str, value) for name, value in held.items()},

@@ -50,16 +50,16 @@ def extra_line(extra: str) -> str:
 def own_line() -> str:
     """The line that installs longspan again from where it came (PEP 610): a folder, file, repository or index."""
     try:
-        said: dict[str, Any] = json.loads(distribution(OWN).read_text("direct_url.json") or "{}")
+        origin: dict[str, Any] = json.loads(distribution(OWN).read_text("direct_url.json") or "{}")
     except (PackageNotFoundError, ValueError):
-        said = {}
-    url = str(said.get("url", ""))
+        origin = {}
+    url = str(origin.get("url", ""))
     again = [pip(), "install", "--force-reinstall", "--no-deps"]
     if not url:
         return " ".join([*again, OWN])
-    if "vcs_info" in said:
-        held = said["vcs_info"]
-        return " ".join([*again, shlex.quote(f"{held['vcs']}+{url}@{held['commit_id']}")])
+    if "vcs_info" in origin:
+        checkout = origin["vcs_info"]
+        return " ".join([*again, shlex.quote(f"{checkout['vcs']}+{url}@{checkout['commit_id']}")])
     source = url2pathname(urlparse(url).path) if url.startswith("file:") else url
-    editable = ["-e"] if said.get("dir_info", {}).get("editable") else []
+    editable = ["-e"] if origin.get("dir_info", {}).get("editable") else []
     return " ".join([*again, *editable, shlex.quote(source)])

@@ -100,16 +100,16 @@ def clip(grid: Grid, keys: Tensor, states: Tensor, table: MaskTable) -> Tensor:
     for part in torch.split(codes, table.chunk):
         masks = table.expand(part % base)
         for edge in range(1, 8):
-            mine = part // base == edge
-            if bool(mine.any()):
+            at_edge = part // base == edge
+            if bool(at_edge.any()):
                 inside = grid.inside(rows - 1 if edge & 2 else 0, columns - 1 if edge & 4 else 0)
                 if not edge & 3:  # a middle row: all of its queries exist
                     inside = inside.any(0).expand(size, size)
                 if not edge & 4:
                     inside = inside.any(1)[:, None].expand(size, size)
-                kept = masks[mine] & inside
+                kept = masks[at_edge] & inside
                 kept[(kept == inside).all(2).all(1)] = True
-                masks[mine] = kept
+                masks[at_edge] = kept
         clipped.append(table.add(masks))
     states[where] = torch.cat(clipped)[inverse]
     return states

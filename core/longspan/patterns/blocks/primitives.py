@@ -96,9 +96,9 @@ class GlobalTokens(Rule):
         positions = torch.tensor(
             [p for p in _from_start(self.positions, grid.kv_len) if p >= 0], dtype=torch.int64, device="cpu"
         )
-        numbers, place = torch.unique_consecutive(positions // size, return_inverse=True)
+        numbers, index = torch.unique_consecutive(positions // size, return_inverse=True)
         marks = torch.zeros(len(numbers), size, dtype=torch.bool, device="cpu")
-        marks[place, positions % size] = True
+        marks[index, positions % size] = True
         states = [torch.zeros(2, 0, dtype=torch.int64, device="cpu")]
         for part in torch.split(marks, table.chunk):
             down = table.add(part[:, :, None].expand(-1, -1, size))

@@ -105,9 +105,9 @@ class BlockSparse(Pattern):
 
     def check(self, heads: int) -> None:
         """A pattern with a layout for each head needs as many heads."""
-        mine = self.heads
-        if mine is not None and mine != heads:
-            got = f"layouts for {mine} heads, with {heads} heads"
+        own = self.heads
+        if own is not None and own != heads:
+            got = f"layouts for {own} heads, with {heads} heads"
             raise ArgumentError("pattern", got, "a layout for each head, or one for all", "use longspan.per_head")
 
     def __repr__(self) -> str:
