@@ -354,17 +354,6 @@ def test_ci_fails_loudly_when_the_readme_holds_no_single_command(tmp_path: Path,
     assert "README.md must hold exactly one command" in listed.stderr
 
 
-@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md"])
-def test_links_and_public_names_exist(path: str) -> None:
-    text = (ROOT / path).read_text(encoding="utf-8")
-    for target in re.findall(r"\]\((?!https?://)([^)#]+)", text):
-        assert (ROOT / target).exists(), f"{path} links to {target}, which is not there"
-    for name in re.findall(r"`(?:core|plugins|tests)/[\w/.]*`", text):
-        assert (ROOT / name.strip("`")).exists(), f"{path} names {name}, which is not there"
-    for name in re.findall(r"\b(?:ls|longspan)\.([a-zA-Z_]+)", text):
-        assert hasattr(ls, name), f"{path} names longspan.{name}, which is not there"
-
-
 def test_the_table_of_variables_is_what_the_library_reads():
     rows = re.findall(r"^\| `(LONGSPAN_\w+)` \|", README, re.M)
     assert sorted(rows) == sorted(READERS)
