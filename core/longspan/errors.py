@@ -23,6 +23,7 @@ __all__ = [
     "check_integer",
     "check_number",
     "is_integer",
+    "nearest",
     "warn_caller",
 ]
 
@@ -55,6 +56,11 @@ def brief(value: object) -> str:
     return text if len(text) <= 100 else f"{text[:80]}... ({type(value).__name__})"
 
 
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The known word that is most like a misspelt one; empty where none is alike enough (`cutoff`, from 0 to 1)."""
+    return next(iter(get_close_matches(word, known, n=1, cutoff=cutoff)), "")
+
+
 class PolicyError(LongspanError, ValueError):
     """A setting (environment variable, `longspan.use`) that cannot be read."""
 
@@ -64,8 +70,8 @@ class UnknownBackend(LongspanError, LookupError):
 
     def __init__(self, name: str, known: Iterable[str], said_by: str) -> None:
         self.name, self.known, self.said_by = name, tuple(sorted(known)), said_by
-        close = get_close_matches(name, self.known, n=1, cutoff=0.5)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        near = nearest(name, self.known, 0.5)
+        hint = f" Did you mean {near!r}?" if near else ""
         step = "`longspan backends` lists them with their states"
         if name.lower() == "auto":
             step = "name no backend, and longspan chooses"

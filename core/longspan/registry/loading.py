@@ -10,14 +10,13 @@ import re
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
-from difflib import get_close_matches
 from importlib.metadata import Distribution, EntryPoint
 from typing import Any
 
 import pluggy
 from attrs import evolve, frozen
 
-from longspan.errors import PluginError
+from longspan.errors import PluginError, nearest
 from longspan.registry import hookspecs
 from longspan.registry.quarantine import Watch
 from longspan.spec.backend import BackendInfo, Capabilities
@@ -149,7 +148,7 @@ class _Contract:
             scratch.check_pending()
         except pluggy.PluginValidationError as error:
             words = str(error).replace("'", " ").replace("(", " ").split()
-            near = [match for word in words for match in get_close_matches(word, HOOKS, n=1) if word not in HOOKS]
+            near = [match for word in words if word not in HOOKS and (match := nearest(word, HOOKS))]
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise PluginError(f"{error}.{hint} Next: use one of {', '.join(HOOKS)}") from error
         if not scratch.get_hookcallers(plugin):

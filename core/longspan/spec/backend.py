@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from difflib import get_close_matches
 from typing import Any
 
 import torch
 from attrs import asdict, field, fields, frozen
 
-from longspan.errors import ArgumentError, brief, is_integer
+from longspan.errors import ArgumentError, brief, is_integer, nearest
 from longspan.spec.pattern import Pattern
 
 __all__ = ["DTYPES", "BackendInfo", "BufferSpec", "Capabilities", "Kernel", "Reason"]
@@ -99,9 +98,8 @@ def _torch_knows(device: str) -> bool:
 
 def _unknown(field: str, word: object, known: tuple[str, ...]) -> ArgumentError:
     text = str(word).removeprefix("torch.").lower()
-    near = MEANT["devices" if field == "contains_nonfinite" else field].get(text) or next(
-        iter(get_close_matches(text, known, n=1, cutoff=0.5)), ""
-    )
+    meant = MEANT["devices" if field == "contains_nonfinite" else field]
+    near = meant.get(text) or nearest(text, known, 0.5)
     near = text if text in known else near
     fix = f"write {near!r}" if near else f"e.g. {field}=({known[0]!r},)"
     return ArgumentError(f"Capabilities.{field}", brief(word), f"names out of {', '.join(known)}", fix)

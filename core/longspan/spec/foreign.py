@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from difflib import get_close_matches
 
-from longspan.errors import ArgumentError
+from longspan.errors import ArgumentError, nearest
 
 __all__ = ["UnknownArgument", "unknown_argument"]
 
@@ -137,9 +136,7 @@ def unknown_argument(function: str, given: Mapping[str, object], own: Collection
     word, value = next(iter(given.items()))
     meant = word.lower()
     if meant not in {*own, *RENAMED, *ELSEWISE, *HOMES}:
-        near = get_close_matches(meant, own, n=1, cutoff=0.6)
-        near = near or get_close_matches(meant, [*RENAMED, *ELSEWISE, *HOMES], n=1, cutoff=0.8)
-        meant = near[0] if near else ""
+        meant = nearest(meant, own) or nearest(meant, [*RENAMED, *ELSEWISE, *HOMES], 0.8)
     got = f"an argument that {function} does not have"
     if meant in ELSEWISE and meant not in own:
         return UnknownArgument(word, got, *ELSEWISE[meant])

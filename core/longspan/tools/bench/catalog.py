@@ -5,11 +5,10 @@ from __future__ import annotations
 import pkgutil
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
-from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, Protocol, cast
 
-from longspan.errors import ArgumentError
+from longspan.errors import ArgumentError, nearest
 from longspan.tools import bench
 from longspan.tools.bench.steps import OnStep, silent
 
@@ -45,7 +44,7 @@ def find(name: str) -> Bench:
     """
     known = {one.NAME: one for one in benches()}
     if name not in known:
-        near = get_close_matches(name, known, n=1)
-        fix = f"longspan bench {near[0]}" if near else "longspan bench"
+        near = nearest(name, known)
+        fix = f"longspan bench {near}" if near else "longspan bench"
         raise ArgumentError("bench", repr(name), " or ".join(known), fix)
     return known[name]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
-from difflib import get_close_matches
 from typing import Any
 
 from attrs import asdict, evolve, frozen
 
+from longspan.errors import nearest
 from longspan.memory.folders import Unused
 from longspan.registry.policy import is_name, names
 from longspan.spec.backend import BackendInfo
@@ -82,9 +82,9 @@ def _names(ledger: Ledger, found: tuple[Setting, ...]) -> Iterator[Remedy]:
         for name in listed:
             if name in known or (known is not backends and _canonical(name) in map(_canonical, owners)):
                 continue
-            near = get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
-            right = [near[0] if word == name and near else word for word in listed if word != name or near]
+            near = nearest(name, known, 0.5)
+            hint = f"did you mean {near!r}?" if near else f"known are {', '.join(sorted(known))}"
+            right = [near if word == name and near else word for word in listed if word != name or near]
             # Only the allow-list takes a name that nobody has.
             what = f"{one.name}={one.value}: {name!r} is nobody's name; {hint}"
             yield Remedy(what, (_export(one.name, right),), broken=known is backends)

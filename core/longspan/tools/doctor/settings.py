@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from difflib import get_close_matches
 from typing import Any
 
 from attrs import asdict, frozen
 
-from longspan.errors import PolicyError
+from longspan.errors import PolicyError, nearest
 from longspan.registry.policy import flag, names
 
 __all__ = ["Setting", "in_environment", "readable", "settings"]
@@ -55,8 +54,8 @@ def settings(environ: Mapping[str, str] = os.environ) -> tuple[Setting, ...]:
 def _setting(name: str, environ: Mapping[str, str]) -> Setting:
     value = environ[name]
     if name not in READERS:
-        near = get_close_matches(name, READERS, n=1)
-        hint = f"Did you mean {near[0]}?" if near else f"It reads {', '.join(READERS)}."
+        near = nearest(name, READERS)
+        hint = f"Did you mean {near}?" if near else f"It reads {', '.join(READERS)}."
         return Setting(name, value, f"longspan reads no such variable. {hint}", known=False)
     try:
         READERS[name](name, environ)
