@@ -8,8 +8,9 @@ import pytest
 
 from longspan.tools import cli
 from longspan.tools.bench import cache, catalog
-from longspan.tools.bench.sidebyside import faults, interleave, machine, ratio, resident, summary
+from longspan.tools.bench.sidebyside import interleave, machine, ratio, summary
 from longspan.tools.bench.steps import perform
+from longspan.tools.meter import faults, resident
 
 
 def run(capsys, *arguments):

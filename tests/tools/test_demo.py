@@ -15,12 +15,13 @@ from attrs import evolve
 
 import longspan as ls
 from longspan import blockwise
-from longspan.tools.demo import PATTERN, Timing, baseline, judge, place, run
+from longspan.spec.local import local_device
+from longspan.tools.demo import PATTERN, Timing, baseline, judge, options, run
 from longspan.tools.demo.embedding import embed
 from longspan.tools.demo.judge import Judge, sample_rows
-from longspan.tools.demo.meter import PeakMemory, measure, timed
-from longspan.tools.demo.reach import START, growth, prefixes, reach
+from longspan.tools.demo.prefix import START, affordable_prefix, growth, prefixes
 from longspan.tools.demo.text import read_text
+from longspan.tools.meter import PeakMemory, measure, timed
 
 CPU = torch.device("cpu")
 
@@ -179,7 +180,7 @@ def small_judge(dtype=torch.float32, length=300, pattern=PATTERN):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_the_judge_passes_the_right_answer_in_every_dtype(dtype):
     jury, right = small_judge(dtype)
-    assert jury.error(right) <= jury.tolerance <= 40 * torch.finfo(dtype).eps
+    assert jury.error(right) <= jury.tolerance <= max(50 * torch.finfo(dtype).eps, 1e-12)
     assert jury.naive_error <= jury.tolerance / 2
 
 
@@ -196,7 +197,7 @@ def test_the_judge_refuses_what_is_wrong():
     nothing[0, 0, 0, 0] = math.nan
     for wrong in (wrong_row, wrong_head, right * 1.0001, right.roll(1, 2), right.roll(1, 1)):
         assert jury.error(wrong) > jury.tolerance
-    assert math.isnan(jury.error(nothing))
+    assert jury.error(nothing) == math.inf
 
 
 # --------------------------------------------------------------------------------------------------------- meters
@@ -222,7 +223,7 @@ def test_peak_memory_sees_what_was_freed_again_and_nothing_before_it():
 
 
 def test_memory_that_cannot_be_measured_is_not_stated(monkeypatch):
-    monkeypatch.setattr("longspan.tools.demo.meter._reset_high_water", lambda: None)
+    monkeypatch.setattr("longspan.tools.meter._reset_high_water", lambda: None)
     with PeakMemory(CPU) as memory:
         torch.ones(10)
     assert memory.mib is None
@@ -257,7 +258,7 @@ def test_dense_attention_is_extrapolated_by_its_square(law, expected):
     assert baseline.extrapolate(times(law), 2**17) == pytest.approx(expected, rel=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------- reach
+# ------------------------------------------------------------------------------------------------------- prefixes
 
 
 def posed(length):
@@ -291,40 +292,40 @@ def test_a_slow_backend_runs_on_the_prefix_that_it_manages(ms_of_2048, patience_
         seen.append(tokens)
         return ms_of_2048 * growth(posed(tokens), 2048, tokens)
 
-    assert reach(posed(131_072), patience_ms, run_ms) == expected
+    assert affordable_prefix(posed(131_072), patience_ms, run_ms) == expected
     assert seen == [tokens for tokens in prefixes(131_072) if tokens <= probed]
 
 
-# ---------------------------------------------------------------------------------------------------------- place
+# -------------------------------------------------------------------------------------------------------- options
 
 
-def test_places():
-    assert place.choose_device("cpu") == CPU
-    assert place.choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert place.choose_dtype("bfloat16") is place.choose_dtype("torch.bfloat16") is torch.bfloat16
+def test_devices_and_dtypes():
+    assert local_device("cpu") == CPU
+    assert local_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert options.choose_dtype("bfloat16") is options.choose_dtype("torch.bfloat16") is torch.bfloat16
     for device in ("sm_61", "gfx942", "cuda:99", "cpu:1"):
         with pytest.raises(ls.ArgumentError, match=f"--device: got '{device}'; want auto, .* cpu.*longspan explain"):
-            place.choose_device(device)
+            local_device(device, "--device")
     for device in ("gpu", "", "cuda:x"):
         with pytest.raises(ls.ArgumentError, match="device: got "):
-            place.choose_device(device)
+            local_device(device, "--device")
     with pytest.raises(ls.ArgumentError, match="--dtype: got 'int8'; want float16 or bfloat16 or float32 or float64"):
-        place.choose_dtype("int8")
+        options.choose_dtype("int8")
 
 
 def test_more_tokens_than_memory_holds_are_refused(monkeypatch):
-    monkeypatch.setattr(place, "_free_bytes", lambda: 2**30)
+    monkeypatch.setattr(options, "_free_bytes", lambda: 2**30)
     with pytest.raises(
         ls.ArgumentError, match=r"--tokens: got 1,000,000 tokens, which need .* at most 69,\d{3} tokens"
     ):
-        place.check_room(1_000_000, 512, torch.float32, CPU)
-    place.check_room(69_000, 512, torch.float32, CPU)
-    monkeypatch.setattr(place, "_free_bytes", lambda: None)
-    place.check_room(10**12, 512, torch.float32, CPU)
+        options.check_room(1_000_000, 512, torch.float32, CPU)
+    options.check_room(69_000, 512, torch.float32, CPU)
+    monkeypatch.setattr(options, "_free_bytes", lambda: None)
+    options.check_room(10**12, 512, torch.float32, CPU)
 
 
 def test_an_endless_text_is_refused_before_it_is_read(monkeypatch):
-    monkeypatch.setattr(place, "_free_bytes", lambda: 2**30)
+    monkeypatch.setattr(options, "_free_bytes", lambda: 2**30)
     with pytest.raises(ls.ArgumentError, match=r"--tokens: got 99,999,999,999 tokens, which need .* at most 69,\d{3}"):
         run(Path("/dev/zero"), tokens=99_999_999_999, device="cpu")
 
@@ -391,7 +392,7 @@ def test_the_report_grows_row_by_row_and_survives_an_interruption(text):
 
 def test_a_backend_that_is_too_slow_runs_on_a_prefix_and_says_so(monkeypatch):
     monkeypatch.setattr(sys.modules["longspan.tools.demo.run"], "SECONDS", 0.0)
-    monkeypatch.setattr(sys.modules["longspan.tools.demo.reach"], "PROBE_MS", 0.0)
+    monkeypatch.setattr(sys.modules["longspan.tools.demo.prefix"], "PROBE_MS", 0.0)
     report = run(tokens=3000, device="cpu")
     row = rows_of(report)["reference"]
     assert (row.state, row.tokens, row.dense_extrapolated) == ("ran", START, False)
@@ -441,7 +442,7 @@ def test_a_wrong_backend_fails(text, spoil):
     with registered("spoiled", Backend(spoil)):
         report = run(text, tokens=300, device="cpu", backend="spoiled")
     (row,) = report.rows
-    assert row.state == "failed" and "relative error" in row.failure and "exceeds the tolerance" in row.failure
+    assert row.state == "failed" and row.failure.startswith("error ") and "exceeds the tolerance" in row.failure
     assert report.failures == (f"spoiled: {row.failure}",)
     json.dumps(report.to_dict(), allow_nan=False)
 

@@ -231,15 +231,15 @@ def test_the_demos_table_fits_with_every_backend(terminal, width):
 
 NOISY = """
 import os, time, warnings
-from longspan.tools.demo.trial import Trial
-run = Trial.row
+from longspan.tools.demo.measurement import Measurement
+run = Measurement.row
 def row(self, verdict, **given):
     if verdict.ok:
         os.write(2, b"gcc: note: something of the compiler's own that is rather long and goes to the descriptor\\n")
         os.write(1, b"native code that prints\\n")
         warnings.warn("sparse tensors are in beta state, says somebody else entirely", UserWarning)
     return run(self, verdict, **given)
-Trial.row = row
+Measurement.row = row
 """
 
 
@@ -257,15 +257,15 @@ def test_what_others_print_waits_until_the_table_is_there(terminal):
 
 SECOND_HANGS = """
 import time
-from longspan.tools.demo.trial import Trial
-run, turns = Trial.row, []
+from longspan.tools.demo.measurement import Measurement
+run, turns = Measurement.row, []
 def row(self, verdict, **given):
     turns.append(verdict.name) if verdict.ok else None
     if len(turns) == 2:
         print("hanging", flush=True)
         time.sleep(600)
     return run(self, verdict, **given)
-Trial.row = row
+Measurement.row = row
 """
 
 

@@ -22,6 +22,7 @@ from longspan.registry.resolve import is_native, refusals, resolve
 from longspan.spec.backend import Capabilities, Reason
 from longspan.spec.device import Device
 from longspan.spec.foreign import unknown_argument
+from longspan.spec.local import is_local
 from longspan.spec.problem import Problem
 from longspan.spec.resolution import Candidate, Resolution
 
@@ -77,14 +78,14 @@ def _weighed(problem: Problem, backend: str | None, may_mask: bool = True) -> Re
     candidates, policy = registry.candidates(), current(backend)
     if not may_mask:
         candidates = tuple(_without_mask(one) for one in candidates)
-    profile = current_profile(problem.device.name) if present(problem.device) else None
+    profile = current_profile(problem.device.name) if is_local(problem.device) else None
     measured = profile.seconds(problem) if profile else {}
     resolution = resolve(problem, candidates, policy, measured=measured)
     fitting = [candidate for candidate in candidates if resolution[candidate.name].ok]
     if refused := _refused_parts(problem, fitting):
         resolution = resolve(problem, candidates, policy, refused, measured)
     notes = [*_lacks(resolution, candidates), *_block_notes(problem, resolution, candidates)]
-    if not present(problem.device):
+    if not is_local(problem.device):
         notes.append(
             f"this machine has no {problem.device.name}: the answer assumes a torch build for it, and the plugins "
             "installed here"
@@ -163,20 +164,3 @@ def _block_notes(problem: Problem, resolution: Resolution, candidates: Sequence[
     who = f"{resolution.chosen} runs {full:,} full blocks of {size}"
     who += f", the core {partial:,} partial ones under their masks" if partial else ""
     return [f"{who}: {layout.products:.1%} of dense attention's products{modelled}"]
-
-
-def present(device: Device) -> bool:
-    """Whether torch could run on this kind of device here. Initialises no CUDA context."""
-    if device.type == "cpu":
-        return True
-    if device.type in ("cuda", "rocm"):
-        hip = torch.version.hip is not None
-        if hip != (device.type == "rocm") or not torch.cuda.is_available():
-            return False
-        if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            return device.arch == ""  # asking for the capability would initialise CUDA
-        return any(
-            device.arch in ("", Device.of(torch.device("cuda", number)).arch)
-            for number in range(torch.cuda.device_count())
-        )
-    return getattr(torch, device.type, None) is not None and getattr(torch, device.type).is_available()

@@ -15,9 +15,10 @@ from attrs import field, frozen
 
 from longspan.spec.backend import BackendInfo
 from longspan.spec.device import Device
+from longspan.spec.local import local_device
+from longspan.testing.devices import absent_devices, claimed_devices
 from longspan.testing.kit import backend_info, cases_for, run_case
 from longspan.testing.outcome import Measure, Outcome
-from longspan.testing.places import absent, here, place
 
 __all__ = ["Certificate", "Worst", "verify"]
 
@@ -147,14 +148,14 @@ def verify(
     start = time.perf_counter()
     info = backend_info(backend)
     can = info.capabilities
-    devices = (place(device),) if device is not None else () if can is None else here(can)
+    devices = (str(local_device(device)),) if device is not None else () if can is None else claimed_devices(can)
     cases = cases_for(backend, devices, quick=quick)
     outcomes = []
     for number, case in enumerate(cases):
         if on_case is not None:
             on_case(case.id, number, len(cases))
         outcomes.append(run_case(backend, case))
-    missing = () if can is None else absent(can, devices)
+    missing = () if can is None else absent_devices(can, devices)
     return Certificate(info, devices, missing, quick, time.perf_counter() - start, tuple(outcomes))
 
 

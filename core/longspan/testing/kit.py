@@ -14,9 +14,9 @@ from longspan.spec.problem import Problem
 from longspan.testing.cases import Case, cases_of
 from longspan.testing.checks import CHECKS
 from longspan.testing.claims import Claim
+from longspan.testing.devices import claimed_devices
 from longspan.testing.guard import unchanged
 from longspan.testing.outcome import Breach, Declined, Outcome
-from longspan.testing.places import here
 from longspan.testing.workbench import Bench
 
 __all__ = ["LOADED", "backend_info", "cases_for", "one_thread", "run_case"]
@@ -59,7 +59,7 @@ def cases_for(name: str, devices: Sequence[str] | None = None, *, quick: bool = 
     can = backend_info(name).capabilities
     if can is None:
         return (LOADED,)
-    return (LOADED, *cases_of(can, here(can) if devices is None else devices, quick=quick))
+    return (LOADED, *cases_of(can, claimed_devices(can) if devices is None else devices, quick=quick))
 
 
 def run_case(name: str, case: Case) -> Outcome:

@@ -24,9 +24,9 @@ from longspan.spec.backend import BufferSpec
 from longspan.spec.pattern import Pattern
 from longspan.spec.problem import Problem
 from longspan.tools.bench.options import count, positive
-from longspan.tools.bench.sidebyside import faults, ratio, resident
+from longspan.tools.bench.sidebyside import ratio
 from longspan.tools.bench.steps import OnStep, Step, perform, silent
-from longspan.tools.demo.meter import return_freed_memory
+from longspan.tools.meter import faults, resident, return_freed_memory, timed
 
 __all__ = ["HELP", "NAME", "add_arguments", "run", "threshold"]
 
@@ -172,17 +172,18 @@ def threshold(rounds: int, device: torch.device = torch.device("cpu")) -> dict[s
         seconds: dict[str, list[float]] = {"torch": [], "arena": []}
         for number in range(rounds + 1):
             for name, side in (("torch", from_torch), ("arena", from_arena)):
-                start = time.perf_counter()
-                for _ in range(5):
-                    side()
-                if device.type != "cpu":
-                    torch.accelerator.synchronize(device)
+                _, ms = timed(partial(_five_times, side), device)
                 if number:
-                    seconds[name].append((time.perf_counter() - start) / 5)
+                    seconds[name].append(1e-3 * ms / 5)
         found[f"{mib} MiB"] = ratio(seconds["arena"], seconds["torch"])["median"]
         if pays is None and found[f"{mib} MiB"] < 0.95:
             pays = mib
     return {"arena_over_torch": found, "pays_from_mib": pays}
+
+
+def _five_times(call: Callable[[], None]) -> None:
+    for _ in range(5):
+        call()
 
 
 def _steps(steps: int, backend: str | None) -> dict[str, Any]:

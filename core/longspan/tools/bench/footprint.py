@@ -13,7 +13,7 @@ import signal
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
 import json, sys, torch, torch.nn.functional as F
 import longspan
-from longspan.tools.demo.meter import PeakMemory
+from longspan.tools.meter import PeakMemory
 side, shape, dtype, gradients, threads = json.loads(sys.argv[1])
 torch.set_num_threads(threads)
 def run(shape):

@@ -18,7 +18,7 @@ _PROGRAM = """
 import signal
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
 import json, sys, time, torch, longspan
-from longspan.tools.demo.meter import PeakMemory
+from longspan.tools.meter import PeakMemory
 given = json.loads(sys.argv[1])
 torch.set_num_threads(given["threads"])
 pattern = longspan.local_blocks(given["reach"], 0, block_size=given["block_size"])

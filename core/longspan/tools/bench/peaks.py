@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from longspan.tools.meter import timed
 
 __all__ = ["bandwidth", "product_peak"]
 
@@ -43,14 +44,6 @@ def _products(a: Tensor, b: Tensor) -> Iterator[Callable[[], Any]]:
 
 
 def _fastest(call: Callable[[], Any], device: torch.device, rounds: int) -> float:
+    """Seconds of the fastest of some calls, after one that is not counted."""
     call()
-    times = []
-    for _ in range(rounds):
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        start = time.perf_counter()
-        call()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return 1e-3 * min(timed(call, device)[1] for _ in range(rounds))

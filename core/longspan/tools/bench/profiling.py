@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ from longspan.spec.device import Device
 from longspan.tools.bench.buffers import threshold
 from longspan.tools.bench.peaks import bandwidth, product_peak
 from longspan.tools.bench.steps import OnStep, silent
+from longspan.tools.meter import timed
 
 __all__ = ["make_profile"]
 
@@ -104,9 +104,5 @@ def _median(call: Callable[[], Any], device: torch.device) -> float:
     call()
     times: list[float] = []
     while len(times) < 3 or (len(times) < 15 and sum(times) < ENOUGH):
-        start = time.perf_counter()
-        call()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        times.append(time.perf_counter() - start)
+        times.append(1e-3 * timed(call, device)[1])
     return statistics.median(times)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["faults", "interleave", "machine", "ratio", "report", "resident", "summary"]
+from longspan.registry.profile import machine_name
+
+__all__ = ["interleave", "machine", "ratio", "report", "summary"]
 
 
 def interleave(
@@ -57,13 +57,8 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on, and how busy it was."""
-    model = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        model = f"{names[0]} x {len(names)}" if names else model
     return {
-        "cpu": model,
+        "cpu": machine_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
@@ -76,14 +71,3 @@ def machine() -> dict[str, Any]:
 def report(name: str, result: Mapping[str, Any]) -> None:
     """Print the result and the machine as JSON."""
     print(json.dumps({"benchmark": name, "machine": machine(), **result}, indent=1))
-
-
-def faults() -> int:
-    """Page faults of this process so far that needed no disk."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-
-def resident() -> int:
-    """Bytes of memory that this process has now (Linux)."""
-    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
-    return int(pages) * resource.getpagesize()

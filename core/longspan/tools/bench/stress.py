@@ -20,16 +20,19 @@ from longspan.planning.plan import Plan, plan
 from longspan.spec.backend import BufferSpec
 from longspan.spec.pattern import Pattern
 from longspan.spec.problem import Problem
-from longspan.testing.oracle import oracle
+from longspan.testing.answers import answer
+from longspan.testing.judge import judge_forward, judge_gradients
+from longspan.testing.outcome import Breach
+from longspan.testing.tensors import Inputs
 from longspan.tools.bench.options import duration, positive
-from longspan.tools.bench.sidebyside import resident
 from longspan.tools.bench.steps import OnStep, perform, silent
+from longspan.tools.meter import resident
 
 __all__ = ["HELP", "NAME", "add_arguments", "run", "stress"]
 
 NAME = "stress"
 HELP = "Cache and arena under many threads, every result judged."
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 5e-2}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -71,7 +74,7 @@ def _stress(seconds: float, threads: int) -> dict[str, Any]:
         recent: deque[Plan] = deque(maxlen=4)  # plans die while others live
         try:
             while time.monotonic() < end and not failures:
-                recent.append(_one(draw, cache, arena))
+                recent.append(_checked_call(draw, cache, arena))
                 counts[number] += 1
         except Exception as error:  # noqa: BLE001 - whatever it is, it is what we look for
             failures.append(f"thread {number}, call {counts[number]}: {type(error).__name__}: {error}")
@@ -104,10 +107,10 @@ def _stress(seconds: float, threads: int) -> dict[str, Any]:
     }
 
 
-def _one(draw: random.Random, cache: PatternCache, arena: BufferArena) -> Plan:
+def _checked_call(draw: random.Random, cache: PatternCache, arena: BufferArena) -> Plan:
     """A forward and a backward, a pin, a lease of its own; all of it checked."""
     patterns: list[Pattern] = [Dilated((16, 64), (1, 3)), SlidingWindow(draw.choice((1, 9, 30)), 0)]
-    dtype = draw.choice(list(TOLERANCE))
+    dtype = draw.choice(DTYPES)
     shape = (draw.randrange(1, 3), 2, draw.choice((2, 17, 64, 100, 130, 199)), 8)
     tensors = [torch.randn(shape, dtype=torch.float32, device="cpu").to(dtype) for _ in range(3)]
     leaves = [x.clone().requires_grad_() for x in tensors]
@@ -123,23 +126,15 @@ def _one(draw: random.Random, cache: PatternCache, arena: BufferArena) -> Plan:
     tag = draw.randrange(256)
     with arena.lease(BufferSpec("tag", (draw.randrange(1, 2**16),), "uint8"), torch.device("cpu")) as mine:
         mine.fill_(tag)
-        out, _ = made(*leaves)
-        torch.autograd.backward(out, torch.ones_like(out))
-        _check(bool((mine == tag).all()), "a lease was written to by somebody else")
-    exact = [x.double().requires_grad_() for x in tensors]
-    want = oracle(exact[0], exact[1], exact[2], pattern, is_causal=True)
-    torch.autograd.backward(want, torch.ones_like(want))
-    for name, got, right in (
-        ("out", out, want),
-        *zip("qkv", (x.grad for x in leaves), (x.grad for x in exact), strict=True),
-    ):
-        assert got is not None and right is not None
-        got, right = got.detach().double(), right.detach()
-        error = float((got - right).abs().max() / right.abs().max().clamp(min=1.0))
-        _check(error <= TOLERANCE[dtype], f"{name} of {problem} is off by {error:.1e}")
+        out, lse = made(*leaves)
+        inputs = Inputs(tensors[0], tensors[1], tensors[2], torch.ones_like(out))
+        gradients = torch.autograd.grad(out, leaves, inputs.dout)
+        if not bool((mine == tag).all()):
+            raise AssertionError("a lease was written to by somebody else")
+    right = answer(problem, inputs)
+    try:
+        judge_forward(out, lse, right)
+        judge_gradients(gradients, inputs.dout, right, problem.scale)
+    except Breach as breach:
+        raise AssertionError(f"{problem}: {breach}") from None
     return made
-
-
-def _check(right: bool, text: str) -> None:
-    if not right:
-        raise AssertionError(text)

@@ -8,16 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import torch
 import typer
 from attrs import asdict
 
 from longspan.errors import ArgumentError
 from longspan.registry.profile import Measure
+from longspan.spec.local import local_device
 from longspan.tools.bench import catalog
 from longspan.tools.bench.sidebyside import machine
 from longspan.tools.cli import output
-from longspan.tools.cli.stage import stage
+from longspan.tools.cli.progress import progress
 
 __all__ = ["bench"]
 
@@ -62,7 +62,7 @@ def bench(
     if target is not None:
         output.check_writable(target)
     started = machine()
-    with stage() as shown:
+    with progress() as shown:
         found = {"benchmark": name, "machine": started, **chosen.run(args, shown.step)}
     text = json.dumps(found, indent=1)
     if target is not None:
@@ -90,12 +90,8 @@ def _list(as_json: bool) -> None:
 def _profile(text: str, as_json: bool) -> None:
     from longspan.tools.bench.profiling import make_profile
 
-    try:
-        device = torch.device(text)
-        torch.empty(0, device=device, dtype=torch.float32)
-    except (RuntimeError, AssertionError) as error:
-        raise ArgumentError("--device", repr(text), "a device of this machine", "e.g. cpu or cuda:0") from error
-    with stage() as shown:
+    device = local_device(text, "--device")
+    with progress() as shown:
         made = make_profile(device, on_step=shown.step, on_failure=output.warn)
         path = made.save()
     if as_json:

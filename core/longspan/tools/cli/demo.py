@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from longspan.tools.cli import output
-from longspan.tools.cli.stage import Stage, stage
+from longspan.tools.cli.progress import Progress, progress
 from longspan.tools.cli.tables import Grid
 from longspan.tools.demo import DEFAULT_TOKENS, Report, Row, run
 
@@ -50,7 +50,7 @@ def demo(
     many tokens each ran. Exit code 1 where a backend's result is further from the float64 oracle than it may be, 130
     after Ctrl-C, which prints what there is.
     """
-    with stage() as shown:
+    with progress() as shown:
         table = None if as_json else _Table(shown)
         report = run(
             text,
@@ -87,7 +87,7 @@ def _taking_part(report: Report) -> list[str]:
 class _Table:
     """Headings once the comparison is known, then a line for each backend that ran."""
 
-    def __init__(self, shown: Stage) -> None:
+    def __init__(self, shown: Progress) -> None:
         self._shown = shown
         self._grid: Grid | None = None
         self._kept: tuple[int, ...] = ()
@@ -103,7 +103,7 @@ class _Table:
             self._shown.show(list(self._grid.row([cells[place] for place in self._kept])))
 
 
-def _introduce(report: Report, shown: Stage) -> None:
+def _introduce(report: Report, shown: Progress) -> None:
     problem = report.resolution.problem
     shown.say(f"{report.tokens:,} tokens, the bytes of {report.text}", "bold")
     for line in report.notes:
@@ -183,9 +183,10 @@ def _explain(report: Report) -> None:
         output.say("~ dense attention did not run on so many tokens: its time there is extrapolated, as said above")
     output.say("MiB: the peak beyond the inputs, the result included")
     output.say(
-        f"error: relative, the largest of {report.rows_checked} sampled rows in {problem.heads} heads against the "
-        f"float64 oracle; at most {report.tolerance:.1e} passes: twice what naive torch in {problem.dtype} loses there "
-        f"({report.naive_error:.1e}), and two roundings of the log-sum-exp"
+        f"error: the largest difference from the float64 oracle in {report.rows_checked} sampled rows of "
+        f"{problem.heads} heads; at most {report.tolerance:.1e} passes: twice what naive torch in "
+        f"{problem.dtype} loses there ({report.naive_error:.1e}), or what roundings of the result and the log-sum-exp "
+        "alone may lose"
     )
     _remark(report)
     output.say(_decision(report), "bold")

@@ -6,13 +6,13 @@ import re
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 import longspan
-from longspan import ArgumentError, Problem, Resolution
+from longspan import ArgumentError, Problem, Resolution, Verdict
 from longspan.lowering.dense import lower
 from longspan.patterns.topk.pattern import stand_in
 from longspan.tools.cli import output
-from longspan.tools.cli.verdicts import word
 
 __all__ = ["explain"]
 
@@ -129,7 +129,7 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 def _show(resolution: Resolution) -> None:
     output.say(str(resolution.problem), "bold")
     rows = [
-        (str(rank), verdict.name, word(resolution, verdict), "\n".join(map(str, verdict.reasons)))
+        (str(rank), verdict.name, _state(resolution, verdict), "\n".join(map(str, verdict.reasons)))
         for rank, verdict in enumerate(resolution.candidates, 1)
     ]
     output.table([("rank", True), ("backend", False), ("verdict", False), ("reasons", False)], rows)
@@ -138,6 +138,15 @@ def _show(resolution: Resolution) -> None:
         output.say(f"note: {line}")
     if resolution.chosen is not None:
         output.say(_work(resolution.problem))
+
+
+def _state(resolution: Resolution, verdict: Verdict) -> Text:
+    """`chosen`, `ok`, `by name only` (it fits, and auto does not take it unasked) or `no`."""
+    if verdict.name == resolution.chosen:
+        return Text("chosen", "bold green")
+    if not verdict.ok:
+        return Text("no", "red")
+    return Text("by name only", "yellow") if verdict.reasons else Text("ok", "green")
 
 
 def _work(problem: Problem) -> str:

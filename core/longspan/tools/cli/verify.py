@@ -15,7 +15,7 @@ from longspan import __version__
 from longspan.testing import certificate
 from longspan.testing.certificate import Certificate, Worst
 from longspan.tools.cli import output
-from longspan.tools.cli.stage import stage
+from longspan.tools.cli.progress import progress
 
 __all__ = ["verify"]
 
@@ -33,7 +33,7 @@ def verify(
     Exit code 1 where a claim does not hold, or where nothing could be run on this machine.
     """
     drawn = output.is_terminal(sys.stderr)  # thousands of lines are no help in a log
-    with stage() as shown:
+    with progress() as shown:
         found = certificate.verify(name, device, quick=quick, on_case=shown.step if drawn else None)
     if as_json:
         print(json.dumps(found.to_dict(), indent=2, allow_nan=False))

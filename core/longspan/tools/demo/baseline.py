@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from longspan.tools.demo.meter import measure
-from longspan.tools.demo.reach import prefixes
+from longspan.tools.demo.prefix import prefixes
 from longspan.tools.demo.report import Baseline, Timing
+from longspan.tools.meter import measure
 
 __all__ = ["extrapolate", "measure_dense"]
 
@@ -26,14 +26,14 @@ def measure_dense(query: Tensor, key: Tensor, value: Tensor) -> Baseline:
     time is extrapolated from the last three, and the result says so.
     """
     length = query.shape[2]
-    found: list[Timing] = []
+    timings: list[Timing] = []
     for tokens in prefixes(length, START):
-        if len(found) >= POINTS and found[-1].ms * (tokens / found[-1].tokens) ** 2 > PATIENCE_MS:
+        if len(timings) >= POINTS and timings[-1].ms * (tokens / timings[-1].tokens) ** 2 > PATIENCE_MS:
             break
         ms, runs = measure(lambda tokens=tokens: _dense(query, key, value, tokens), query.device)  # type: ignore[misc]
-        found.append(Timing(tokens=tokens, ms=ms, runs=runs))
-    whole = found[-1].ms if found[-1].tokens == length else extrapolate(found[-POINTS:], length)
-    return Baseline(tokens=length, ms=whole, measured=tuple(found))
+        timings.append(Timing(tokens=tokens, ms=ms, runs=runs))
+    whole = timings[-1].ms if timings[-1].tokens == length else extrapolate(timings[-POINTS:], length)
+    return Baseline(tokens=length, ms=whole, measured=tuple(timings))
 
 
 def extrapolate(measured: Sequence[Timing], tokens: int) -> float:
@@ -43,7 +43,7 @@ def extrapolate(measured: Sequence[Timing], tokens: int) -> float:
     from the longest on, which makes dense attention rather too fast.
     """
     # Each point is weighed by 1 / ms: minimise the sum of (a u + b v - 1)^2 with u = n^2 / ms and v = n / ms.
-    points = [(one.tokens**2 / one.ms, one.tokens / one.ms) for one in measured]
+    points = [(timing.tokens**2 / timing.ms, timing.tokens / timing.ms) for timing in measured]
     uu, vv, uv = sum(u * u for u, _ in points), sum(v * v for _, v in points), sum(u * v for u, v in points)
     su, sv = sum(u for u, _ in points), sum(v for _, v in points)
     determinant = uu * vv - uv * uv

@@ -42,7 +42,7 @@ class Baseline:
         """Milliseconds on a prefix that was measured, or on the whole; None for other lengths."""
         if tokens == self.tokens:
             return self.ms
-        return next((one.ms for one in self.measured if one.tokens == tokens), None)
+        return next((timing.ms for timing in self.measured if timing.tokens == tokens), None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -56,9 +56,9 @@ class Row:
     `state` is `ran`, `refused` (for its `reasons`) or `failed` (`failure` says how: it raised, or its error is above
     the tolerance). `reasons` of a backend that ran say why auto does not take it. `tokens` is how many it ran on: fewer
     than all where it is too slow for them. On these, `ms` is the median of `runs`, `peak_mib` the memory beyond the
-    inputs, the result included, and `error` the largest relative error of a sampled row. `speedup` is the time of dense
-    attention on as many tokens, `dense_ms`, over `ms`; `dense_extrapolated` says that dense attention did not run on so
-    many.
+    inputs, the result included, and `error` the largest |got - oracle| / max(1, |oracle|) of the sampled rows.
+    `speedup` is the time of dense attention on as many tokens, `dense_ms`, over `ms`; `dense_extrapolated` says that
+    dense attention did not run on so many.
     """
 
     name: str
@@ -83,8 +83,8 @@ class Report:
 
     `rows` grow while it runs. `interrupted`: the user stopped it (Ctrl-C) before all were there.
 
-    `tolerance` is the largest relative error that passes: twice `naive_error`, which naive torch in the same dtype
-    makes on the same rows, and two roundings of the log-sum-exp.
+    `tolerance` is the largest error that passes, by the conformance kit's rule: twice `naive_error`, which naive torch
+    in the same dtype makes on the same rows, or what roundings of the result and the log-sum-exp alone may lose.
     """
 
     text: str

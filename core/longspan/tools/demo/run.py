@@ -15,14 +15,15 @@ from longspan.registry.discovery import registry
 from longspan.registry.explain import explain
 from longspan.registry.resolve import demand
 from longspan.spec.device import Device
+from longspan.spec.local import local_device
 from longspan.spec.problem import Problem
 from longspan.tools.demo.baseline import measure_dense
 from longspan.tools.demo.embedding import embed
 from longspan.tools.demo.judge import Judge, sample_rows
-from longspan.tools.demo.place import check_room, check_seed, choose_device, choose_dtype, describe, room
+from longspan.tools.demo.measurement import Measurement
+from longspan.tools.demo.options import check_room, check_seed, choose_dtype, describe, room
 from longspan.tools.demo.report import Report
 from longspan.tools.demo.text import read_text
-from longspan.tools.demo.trial import Trial
 
 __all__ = ["DEFAULT_TOKENS", "HEADS", "HEAD_DIM", "PATTERN", "OnReport", "OnStep", "run"]
 
@@ -77,7 +78,7 @@ def run(
         BackendUnavailable: the named backend does not fit, or none does.
     """
     start = time.perf_counter()
-    where, kind = choose_device(device), choose_dtype(dtype)
+    where, kind = local_device(device, "--device"), choose_dtype(dtype)
     check_seed(seed)
     # Of a text that goes on for longer than memory does, no more is read than shows that.
     most = room(HEADS * HEAD_DIM, kind, where)
@@ -111,7 +112,7 @@ def run(
         begin(steps[1])
         judge = Judge(*tensors, PATTERN, sample_rows(len(source), PATTERN, seed))
         begin(steps[2])
-        trial = Trial(problem, tensors, judge, measure_dense(*tensors))
+        measurement = Measurement(problem, tensors, judge, measure_dense(*tensors))
         report = Report(
             text=source.source,
             tokens=len(source),
@@ -123,7 +124,7 @@ def run(
             rows_checked=len(judge.rows),
             naive_error=judge.naive_error,
             tolerance=judge.tolerance,
-            baseline=trial.baseline,
+            baseline=measurement.baseline,
             rows=(),
             seconds=0.0,
         )
@@ -138,7 +139,7 @@ def run(
                     left_ms = 1e3 * max(0.0, deadline - time.perf_counter())
                     share_ms = left_ms / (len(fitting) - fitting.index(verdict.name))
                 patience_ms = math.inf if chosen else share_ms
-                row = trial.row(verdict, chosen=chosen, exact=exact[verdict.name], patience_ms=patience_ms)
+                row = measurement.row(verdict, chosen=chosen, exact=exact[verdict.name], patience_ms=patience_ms)
                 report = evolve(report, rows=(*report.rows, row))
                 on_report(report)
         except KeyboardInterrupt:

@@ -1,9 +1,10 @@
-"""Milliseconds and memory of a call, measured or not stated: nothing here estimates."""
+"""Time, memory and page faults of a call, measured or not stated: nothing here estimates."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Self, TypeVar
 
 import torch
 
-__all__ = ["PeakMemory", "measure", "return_freed_memory", "timed"]
+__all__ = ["PeakMemory", "faults", "measure", "resident", "return_freed_memory", "timed"]
 
 T = TypeVar("T")
 
@@ -73,6 +74,17 @@ class PeakMemory:
             peak = _high_water()
         if self._before is not None and peak is not None:
             self.mib = max(0, peak - self._before) / 2**20
+
+
+def faults() -> int:
+    """Page faults of this process so far that needed no disk."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def resident() -> int:
+    """Bytes of memory that this process has now (Linux)."""
+    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    return int(pages) * resource.getpagesize()
 
 
 def _synchronize(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Where the demonstration runs and in what dtype, read from text and checked against this machine."""
+"""What the demonstration's options may hold: read from text, and checked against this machine."""
 
 from __future__ import annotations
 
@@ -8,35 +8,8 @@ import torch
 
 from longspan.errors import ArgumentError
 from longspan.spec.backend import DTYPES
-from longspan.spec.device import Device
 
-__all__ = ["check_room", "check_seed", "choose_device", "choose_dtype", "describe", "room"]
-
-
-def choose_device(text: str) -> torch.device:
-    """`auto` (CUDA where there is one, else the CPU), or a device of this machine such as `cpu` or `cuda:1`.
-
-    Raises:
-        ArgumentError: the text names no device, or none that this machine has.
-    """
-    here = _here()
-    if text == "auto":
-        return torch.device("cuda" if "cuda" in here else "cpu")
-    device = Device.parse(text)
-    kind = "cuda" if device.type == "rocm" else device.type  # torch calls both cuda
-    if device.arch or (device.index or 0) >= here.get(kind, 0):
-        listed = " or ".join(here)
-        fix = f"leave --device out, or ask `longspan explain --device {device.name}`, which needs no such device"
-        raise ArgumentError("--device", repr(text), f"auto, or a device of this machine: {listed}", fix)
-    return torch.device(kind) if device.index is None else torch.device(kind, device.index)
-
-
-def _here() -> dict[str, int]:
-    """The kinds of device that this machine has, and how many of each."""
-    counts = {"cpu": 1, "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0}
-    counts["mps"] = int(torch.backends.mps.is_available())
-    counts["xpu"] = torch.xpu.device_count() if torch.xpu.is_available() else 0
-    return {kind: count for kind, count in counts.items() if count}
+__all__ = ["check_room", "check_seed", "choose_dtype", "describe", "room"]
 
 
 def choose_dtype(text: str) -> torch.dtype:

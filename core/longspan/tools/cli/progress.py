@@ -13,19 +13,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, TextIO
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich import progress as bars
 from rich.text import Text
 
 from longspan.tools.cli import output
 
-__all__ = ["Stage", "stage"]
+__all__ = ["Progress", "progress"]
 
 BAR = 12
 REST = 34
 """Columns of a line that the bar, the count and the clock take."""
 
 
-class Stage:
+class Progress:
     """Steps as lines on stderr, results on the command's stdout."""
 
     def __init__(self, results: TextIO) -> None:
@@ -44,10 +44,10 @@ class Stage:
         output.write(self.console, text, style)
 
 
-class _Bar(Stage):
+class _Bar(Progress):
     """Steps as a bar on the terminal; results on stdout, above the bar where that is the same terminal."""
 
-    def __init__(self, results: TextIO, bar: Progress) -> None:
+    def __init__(self, results: TextIO, bar: bars.Progress) -> None:
         super().__init__(results)
         self._bar, self._task = bar, bar.add_task("starting", total=None)
         if _same_terminal(results, bar.console.file):
@@ -67,7 +67,7 @@ def _same_terminal(one: IO[str], other: IO[str]) -> bool:
 
 
 @contextmanager
-def stage() -> Iterator[Stage]:
+def progress() -> Iterator[Progress]:
     """While a command works: nobody else prints on stdout, and progress is shown on stderr."""
     own = sys.stderr is sys.__stderr__  # and not a test's or a notebook's
     if own and output.is_terminal(sys.stderr):
@@ -75,16 +75,17 @@ def stage() -> Iterator[Stage]:
             yield made
         return
     with output.quiet_stdout() as results:
-        yield Stage(results)
+        yield Progress(results)
 
 
 @contextmanager
-def _drawn() -> Iterator[Stage]:
+def _drawn() -> Iterator[Progress]:
     with output.quiet_stdout() as results, _terminal_of_its_own() as terminal:
         console = output.console_of(terminal)
-        columns = (BarColumn(BAR), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        description = bars.TextColumn("{task.description}")
+        columns = (bars.BarColumn(BAR), bars.MofNCompleteColumn(), bars.TimeElapsedColumn(), description)
         # A bar that is drawn often would take its share of the cores that are being timed.
-        with Progress(
+        with bars.Progress(
             *columns, console=console, transient=True, refresh_per_second=4, redirect_stdout=False,
             redirect_stderr=False,
         ) as bar:  # fmt: skip

@@ -1,4 +1,4 @@
-"""One backend's turn: warm up, run with the clock and the memory meter on, judge, compare with dense attention."""
+"""One backend measured: warm up, run with the clock and the memory meter on, judge, compare with dense attention."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from longspan.planning.plan import plan
 from longspan.spec.problem import Problem
 from longspan.spec.resolution import Verdict
 from longspan.tools.demo.judge import Judge
-from longspan.tools.demo.meter import PeakMemory, measure, timed
-from longspan.tools.demo.reach import reach
+from longspan.tools.demo.prefix import affordable_prefix
 from longspan.tools.demo.report import Baseline, Row
+from longspan.tools.meter import PeakMemory, measure, timed
 
-__all__ = ["Trial"]
+__all__ = ["Measurement"]
 
 
 @frozen
-class Trial:
+class Measurement:
     """The same inputs, judge and dense baseline for every backend."""
 
     problem: Problem
@@ -41,14 +41,14 @@ class Trial:
         except Exception as error:  # noqa: BLE001 - whatever a backend raises is its row's, the others still run
             return evolve(row, state="failed", failure=f"{type(error).__name__}: {error}")
         assert row.error is not None  # it ran
-        if exact and not row.error <= self.judge.tolerance:  # so written that NaN fails too
-            wrong = f"relative error {row.error:.2g} exceeds the tolerance, {self.judge.tolerance:.2g}"
+        if exact and row.error > self.judge.tolerance:
+            wrong = f"error {row.error:.2g} exceeds the tolerance, {self.judge.tolerance:.2g}"
             return evolve(row, state="failed", failure=wrong)
         return row
 
     def _run(self, row: Row, patience_ms: float) -> Row:
         device = self.tensors[0].device
-        tokens = reach(self.problem, patience_ms, lambda tokens: self._warm(row.name, tokens))
+        tokens = affordable_prefix(self.problem, patience_ms, lambda tokens: self._warm(row.name, tokens))
         call = self._call(row.name, tokens)
         with PeakMemory(device) as memory:
             (out, _), first_ms = timed(call, device)

@@ -8,7 +8,7 @@ from longspan.lowering.dense import lower
 from longspan.patterns.topk.pattern import TopKBlocks, stand_in
 from longspan.spec.problem import Problem
 
-__all__ = ["START", "growth", "prefixes", "reach"]
+__all__ = ["START", "affordable_prefix", "growth", "prefixes"]
 
 START = 2048
 PROBE_MS = 500.0
@@ -29,20 +29,18 @@ def growth(problem: Problem, start: int, end: int) -> float:
     return _pairs(problem, end) / max(1, _pairs(problem, start))
 
 
-def reach(problem: Problem, patience_ms: float, run_ms: Callable[[int], float]) -> int:
+def affordable_prefix(problem: Problem, patience_ms: float, run_ms: Callable[[int], float]) -> int:
     """The longest prefix that is expected to stay within the patience, the shortest at least.
 
     `run_ms(tokens)` runs a prefix and returns its milliseconds. Prefixes are run while the next promises to be short;
     from the last one the time of longer ones is expected to grow with their query-key pairs.
     """
-    steps = list(prefixes(problem.q_len))
-    place = 0
-    ms = run_ms(steps[0])
-    while place + 1 < len(steps) and ms * growth(problem, steps[place], steps[place + 1]) <= PROBE_MS:
-        place += 1
-        ms = run_ms(steps[place])
-    fitting = [tokens for tokens in steps[place:] if ms * growth(problem, steps[place], tokens) <= patience_ms]
-    return max(fitting, default=steps[place])
+    ran, *longer = prefixes(problem.q_len)
+    ms = run_ms(ran)
+    while longer and ms * growth(problem, ran, longer[0]) <= PROBE_MS:
+        ran = longer.pop(0)
+        ms = run_ms(ran)
+    return max((tokens for tokens in longer if ms * growth(problem, ran, tokens) <= patience_ms), default=ran)
 
 
 def _pairs(problem: Problem, tokens: int) -> int:
