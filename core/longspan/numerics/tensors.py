@@ -1,11 +1,16 @@
-"""What holds for tensors everywhere in the core: the dtype of sums and log-sum-exps, the stride kernels rely on."""
+"""What holds for tensors everywhere in the core: the dtype of sums, the stride kernels rely on, numbers in order."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["unit_stride", "wide_dtype"]
+__all__ = ["counting", "unit_stride", "wide_dtype"]
+
+
+def counting(*ends: int) -> Tensor:
+    """`torch.arange`, int64 and on the CPU, whatever torch's default device is: layouts are computed there."""
+    return torch.arange(*ends, dtype=torch.int64, device="cpu")
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

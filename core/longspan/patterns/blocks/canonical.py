@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from longspan.errors import ArgumentError
+from longspan.numerics.tensors import counting
 from longspan.patterns.blocks.grid import Grid
-from longspan.patterns.blocks.masks import FULL, MaskTable
+from longspan.patterns.blocks.masks import FULL, MaskTable, all_full
 
 __all__ = ["check_indices", "check_masks", "clip", "renumber"]
 
@@ -42,7 +43,7 @@ def check_indices(grid: Grid, indptr: Tensor, indices: Tensor) -> tuple[Tensor, 
     if bool(bad.any()):
         want = f"block columns from 0 to {grid.columns - 1}, for {grid.kv_len} keys in blocks of {grid.block_size}"
         raise ArgumentError("indices", f"{int(indices[bad][0])}", want, "drop it, or check block_size and kv_len")
-    rows = torch.repeat_interleave(torch.arange(grid.rows, dtype=torch.int64, device="cpu"), indptr.diff())
+    rows = torch.repeat_interleave(counting(grid.rows), indptr.diff())
     steps = (rows * grid.columns + indices).diff()
     if bool((steps <= 0).any()):
         where = int((steps <= 0).nonzero()[0])
@@ -70,7 +71,7 @@ def check_masks(grid: Grid, mask_ids: object, masks: object, indices: Tensor) ->
         raise ArgumentError("mask_ids", f"{int(mask_ids[bad][0])}", want, "add the missing mask")
     table = MaskTable(size)
     states = [table.add(part) for part in torch.split(masks.detach().cpu(), table.chunk)]
-    return torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), *states])[mask_ids], table
+    return torch.cat([all_full(1), *states])[mask_ids], table
 
 
 def _brief(numbers: Tensor) -> str:

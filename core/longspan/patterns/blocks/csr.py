@@ -12,6 +12,7 @@ from attrs import frozen
 from torch import Tensor
 
 from longspan.errors import ArgumentError
+from longspan.numerics.tensors import counting
 from longspan.patterns.blocks.canonical import check_indices, check_masks, clip, renumber
 from longspan.patterns.blocks.grid import Grid, on_cpu
 from longspan.patterns.blocks.masks import EMPTY, FULL, MaskTable, content
@@ -88,7 +89,7 @@ class BlockCSR:
         return csr
 
     def _fill(self, grid: Grid, keys: Tensor, states: Tensor, table: MaskTable) -> None:
-        starts = torch.arange(grid.rows + 1, dtype=torch.int64, device="cpu") * grid.columns
+        starts = counting(grid.rows + 1) * grid.columns
         indptr = torch.searchsorted(keys, starts)
         indices = (keys - torch.repeat_interleave(starts[:-1], indptr.diff())).to(torch.int32)
         numbers, masks = renumber(states, table)
@@ -141,7 +142,7 @@ class BlockCSR:
             return 0
         low, high = self.grid.row_spans()
         heights = torch.repeat_interleave(high - low, self.indptr.diff())
-        sizes = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), self.masks.sum((1, 2))])[self.mask_ids]
+        sizes = torch.nn.functional.pad(self.masks.sum((1, 2)), (1, 0))[self.mask_ids]
         whole = heights * self.grid.column_spans()[self.indices]
         return int(torch.where(self.mask_ids == FULL, whole, sizes).sum())
 
@@ -162,7 +163,7 @@ class BlockCSR:
     @on_cpu
     def keys(self) -> Tensor:
         """`(nnz,)` int64, ascending: row * columns + column, rows counted from the first."""
-        rows = torch.repeat_interleave(torch.arange(self.rows, dtype=torch.int64, device="cpu"), self.indptr.diff())
+        rows = torch.repeat_interleave(counting(self.rows), self.indptr.diff())
         return rows * self.columns + self.indices
 
     @on_cpu
@@ -171,7 +172,7 @@ class BlockCSR:
         b, rows, columns = self.block_size, self.rows, self.columns
         dense = torch.zeros(rows, columns, b, b, dtype=torch.bool, device="cpu")
         masks = torch.cat([torch.ones(1, b, b, dtype=torch.bool, device="cpu"), self.masks])
-        row = torch.repeat_interleave(torch.arange(rows, dtype=torch.int64, device="cpu"), self.indptr.diff())
+        row = torch.repeat_interleave(counting(rows), self.indptr.diff())
         dense[row, self.indices.long()] = masks[self.mask_ids]
         start = self.query_offset - self.first_row * b
         flat = dense.transpose(1, 2).reshape(rows * b, columns * b)

@@ -6,8 +6,9 @@ from functools import reduce
 
 import torch
 
+from longspan.numerics.tensors import counting
 from longspan.patterns.blocks.grid import Grid
-from longspan.patterns.blocks.masks import MaskTable
+from longspan.patterns.blocks.masks import MaskTable, all_full
 from longspan.patterns.blocks.rules import And, Local, Not, Or, Rule
 from longspan.patterns.blocks.sets import Band, BlockSet, complement, everything, intersect, listed
 
@@ -78,11 +79,11 @@ def _refined(rule: Rule, grid: Grid, table: MaskTable) -> BlockSet:
     size, times = grid.block_size, rule.unit // grid.block_size
     coarse, coarse_table = grid.scaled(rule.unit), MaskTable(rule.unit)
     large = rule.blocks(coarse, coarse_table)
-    fine = [torch.zeros(1, times, times, dtype=torch.int64, device="cpu")]
+    fine = [all_full(1, times, times)]
     for part in torch.split(coarse_table.masks, coarse_table.chunk):
         cut = part.view(-1, times, size, times, size).transpose(2, 3).reshape(-1, size, size)
         fine.append(table.add(cut).view(-1, times, times))
-    step = torch.arange(times, dtype=torch.int64, device="cpu")
+    step = counting(times)
     row = (large.keys // coarse.columns + coarse.first_row) * times - grid.first_row
     rows = row[:, None, None] + step[:, None]
     columns = (large.keys % coarse.columns * times)[:, None, None] + step[None, :]

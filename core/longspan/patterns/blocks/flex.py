@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from longspan.errors import ArgumentError
+from longspan.numerics.tensors import counting
 from longspan.patterns.blocks.csr import BlockCSR, HeadBlocks
 from longspan.patterns.blocks.grid import Grid, on_cpu
-from longspan.patterns.blocks.masks import FULL, MaskTable
+from longspan.patterns.blocks.masks import FULL, MaskTable, all_full
 from longspan.patterns.blocks.sparse import BlockSparse
 
 if TYPE_CHECKING:
@@ -165,9 +166,7 @@ def _keys(mask: BlockMask, counts: Tensor, indices: Tensor, grid: Grid) -> Tenso
     """The keys of the listed blocks, cut into squares, as far as they lie within the sequence."""
     counts, indices = counts.cpu().long(), indices.cpu().long()
     tall, wide = (side // grid.block_size for side in mask.BLOCK_SIZE)
-    row, number = (torch.arange(indices.shape[1], dtype=torch.int64, device="cpu") < counts[:, None]).nonzero(
-        as_tuple=True
-    )
+    row, number = (counting(indices.shape[1]) < counts[:, None]).nonzero(as_tuple=True)
     column = indices[row, number]
     keys = []
     for down, along in product(range(tall), range(wide)):
@@ -184,7 +183,7 @@ def _evaluated(mask: BlockMask, entry: int, head: int, keys: Tensor, grid: Grid,
     step = torch.arange(size, device=device, dtype=torch.int64)
     b, h = torch.tensor(entry, device=device, dtype=torch.int64), torch.tensor(head, device=device, dtype=torch.int64)
     asked = torch.vmap(mask.mask_mod, in_dims=(None, None, 0, 0))
-    states = [torch.zeros(0, dtype=torch.int64, device="cpu")]
+    states = [all_full(0)]
     for part in torch.split(keys.to(device), max(1, table.chunk // 16)):  # two int64 positions a pair
         if not len(part):
             break

@@ -11,6 +11,7 @@ from attrs import frozen
 from torch import Tensor
 
 from longspan.errors import check_integer
+from longspan.numerics.tensors import counting
 
 __all__ = ["Grid", "check_block_size", "on_cpu"]
 
@@ -81,7 +82,7 @@ class Grid:
 
     def row_numbers(self) -> Tensor:
         """`(rows,)` int64: the absolute numbers of the block rows."""
-        return torch.arange(self.first_row, self.first_row + self.rows, dtype=torch.int64, device="cpu")
+        return counting(self.first_row, self.first_row + self.rows)
 
     def row_spans(self) -> tuple[Tensor, Tensor]:
         """For each block row, the first query in it and the end: two `(rows,)` int64, from 0 to block_size."""
@@ -91,13 +92,11 @@ class Grid:
 
     def column_spans(self) -> Tensor:
         """For each block column, how many keys it holds: `(columns,)` int64."""
-        return (self.kv_len - torch.arange(self.columns, dtype=torch.int64, device="cpu") * self.block_size).clamp_(
-            max=self.block_size
-        )
+        return (self.kv_len - counting(self.columns) * self.block_size).clamp_(max=self.block_size)
 
     def inside(self, row: int, column: int) -> Tensor:
         """The token pairs of a block that exist: `(block_size, block_size)` bool. `row` counts from the first row."""
-        step = torch.arange(self.block_size, dtype=torch.int64, device="cpu")
+        step = counting(self.block_size)
         query = (self.first_row + row) * self.block_size + step
         there = (query >= self.query_offset) & (query < self.query_offset + self.q_len)
         return there[:, None] & (column * self.block_size + step < self.kv_len)[None, :]

@@ -12,7 +12,9 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-__all__ = ["CHUNK", "EMPTY", "FULL", "MaskTable", "content"]
+from longspan.numerics.tensors import counting
+
+__all__ = ["CHUNK", "EMPTY", "FULL", "MaskTable", "all_full", "content"]
 
 EMPTY, FULL = -1, 0
 CHUNK = 2**26
@@ -21,6 +23,11 @@ CHUNK = 2**26
 _DENSE_PAIRS = 2**20
 _FEW = 32
 """Up to so many masks, hashing each alone is faster than looking for equal ones first."""
+
+
+def all_full(*shape: int) -> Tensor:
+    """The states of blocks that are all full, int64."""
+    return torch.zeros(shape, dtype=torch.int64, device="cpu")
 
 
 def content(tensor: Tensor) -> bytes:
@@ -90,11 +97,11 @@ class MaskTable:
         flat = masks.reshape(count, -1)
         words = torch.nn.functional.pad(flat, (0, -flat.shape[1] % 8)).contiguous().view(torch.int64)
         if self._weights is None:
-            odd = torch.arange(1, 2 * words.shape[1], 2, dtype=torch.int64, device="cpu")
+            odd = counting(1, 2 * words.shape[1], 2)
             self._weights = (odd * 0x9E3779B97F4A7) ^ (odd * odd * 0x2545F4914F6CDD)  # wraps: any mixture will do
         _, inverse = torch.unique((words * self._weights).sum(1), return_inverse=True)
         first = torch.full((int(inverse.max()) + 1,), count, dtype=torch.int64, device="cpu").scatter_reduce_(
-            0, inverse, torch.arange(count, dtype=torch.int64, device="cpu"), "amin"
+            0, inverse, counting(count), "amin"
         )
         if not torch.equal(words[first][inverse], words):  # two masks share a sum: the digests tell them apart
             return list(range(count)), None
@@ -152,5 +159,5 @@ def _unique(codes: Tensor, bound: int) -> tuple[Tensor, Tensor]:
     seen[codes] = True
     distinct = seen.nonzero().squeeze(1)
     index = torch.empty(bound, dtype=torch.int64, device="cpu")
-    index[distinct] = torch.arange(len(distinct), dtype=torch.int64, device="cpu")
+    index[distinct] = counting(len(distinct))
     return distinct, index[codes]

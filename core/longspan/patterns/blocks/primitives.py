@@ -7,9 +7,10 @@ from attrs import frozen
 from torch import Tensor
 
 from longspan.errors import ArgumentError
+from longspan.numerics.tensors import counting
 from longspan.patterns.blocks.csr import BlockCSR, remember_csr
 from longspan.patterns.blocks.grid import Grid
-from longspan.patterns.blocks.masks import EMPTY, FULL, MaskTable
+from longspan.patterns.blocks.masks import EMPTY, FULL, MaskTable, all_full
 from longspan.patterns.blocks.rules import Rule
 from longspan.patterns.blocks.sets import BlockSet, check_count, listed, unite
 
@@ -32,10 +33,8 @@ def _lines(grid: Grid, table: MaskTable, numbers: Tensor, states: Tensor) -> Blo
     column = (numbers >= 0) & (numbers < grid.columns)
     check_count(int(row.sum()) * grid.columns + int(column.sum()) * grid.rows)
     starts = (numbers[row] - grid.first_row) * grid.columns
-    across = (starts[:, None] + torch.arange(grid.columns, dtype=torch.int64, device="cpu")).flatten()
-    down = (
-        torch.arange(grid.rows, dtype=torch.int64, device="cpu")[:, None] * grid.columns + numbers[column]
-    ).flatten()
+    across = (starts[:, None] + counting(grid.columns)).flatten()
+    down = (counting(grid.rows)[:, None] * grid.columns + numbers[column]).flatten()
     rows = BlockSet(across, states[0, row].repeat_interleave(grid.columns))
     return unite(rows, BlockSet(down, states[1, column].repeat(grid.rows)), table)
 
@@ -66,7 +65,7 @@ class GlobalBlocks(Rule):
     def blocks(self, grid: Grid, table: MaskTable) -> BlockSet:
         """Whole rows and columns of full blocks."""
         numbers = torch.tensor(_from_start(self.numbers, grid.columns), dtype=torch.int64, device="cpu")
-        return _lines(grid, table, numbers, torch.zeros(2, len(numbers), dtype=torch.int64, device="cpu"))
+        return _lines(grid, table, numbers, all_full(2, len(numbers)))
 
 
 @frozen(slots=False, init=False)
@@ -99,7 +98,7 @@ class GlobalTokens(Rule):
         numbers, index = torch.unique_consecutive(positions // size, return_inverse=True)
         marks = torch.zeros(len(numbers), size, dtype=torch.bool, device="cpu")
         marks[index, positions % size] = True
-        states = [torch.zeros(2, 0, dtype=torch.int64, device="cpu")]
+        states = [all_full(2, 0)]
         for part in torch.split(marks, table.chunk):
             down = table.add(part[:, :, None].expand(-1, -1, size))
             states.append(torch.stack([down, table.add(part[:, None, :].expand(-1, size, -1))]))
@@ -147,7 +146,7 @@ class Strides(_Distances):
     def distances(self, low: int, high: int) -> Tensor:
         """The multiples of the stride."""
         first = -(-low // self.stride)
-        return torch.arange(first, max(first, high // self.stride + 1), dtype=torch.int64, device="cpu") * self.stride
+        return counting(first, max(first, high // self.stride + 1)) * self.stride
 
 
 @frozen(slots=False, init=False)
@@ -173,7 +172,7 @@ class Dilation(_Distances):
     def distances(self, low: int, high: int) -> Tensor:
         """The multiples of the rate, as many to either side as the reach says."""
         first, last = max(-self.reach, -(-low // self.rate)), min(self.reach, high // self.rate)
-        return torch.arange(first, max(first, last + 1), dtype=torch.int64, device="cpu") * self.rate
+        return counting(first, max(first, last + 1)) * self.rate
 
 
 @frozen(slots=False, init=False)
@@ -206,13 +205,11 @@ class Hierarchy(_Distances):
     def distances(self, low: int, high: int) -> Tensor:
         """Level by level, to either side."""
         furthest = max(abs(low), abs(high))
-        levels = [torch.arange(min(self.near, furthest + 1), dtype=torch.int64, device="cpu")]
+        levels = [counting(min(self.near, furthest + 1))]
         step, start = 2, self.near
         while start <= furthest:
             first = -(-start // step) * step
-            levels.append(
-                torch.arange(first, max(first, min(2 * start, furthest + 1)), step, dtype=torch.int64, device="cpu")
-            )
+            levels.append(counting(first, max(first, min(2 * start, furthest + 1)), step))
             step, start = 2 * step, 2 * start
         ahead = torch.cat(levels)
         both = torch.cat([-ahead[1:].flip(0), ahead])
@@ -252,7 +249,7 @@ class ExplicitBlocks(Rule):
         csr = self.csr
         _check_lengths(csr, grid.q_len, grid.kv_len, grid.query_offset)
         states = [table.add(part) for part in torch.split(csr.masks, table.chunk)]
-        return listed(csr.keys(), torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), *states])[csr.mask_ids])
+        return listed(csr.keys(), torch.cat([all_full(1), *states])[csr.mask_ids])
 
 
 def _check_lengths(csr: BlockCSR, q_len: int, kv_len: int, query_offset: int) -> None:

@@ -18,8 +18,9 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from longspan.numerics.tensors import counting
 from longspan.patterns.blocks.grid import Grid
-from longspan.patterns.blocks.masks import MaskTable
+from longspan.patterns.blocks.masks import MaskTable, all_full
 from longspan.patterns.blocks.primitives import suffix
 from longspan.patterns.blocks.rules import Rule
 from longspan.patterns.blocks.sets import BlockSet, check_count
@@ -77,7 +78,7 @@ class Drawn(Rule):
             rows = grid.row_numbers()[start : start + step]
             drawn = _permuted(self.seed, rows, columns, count).sort(1).values
             keys[start : start + step] = drawn + ((rows - grid.first_row) * columns)[:, None]
-        return BlockSet(keys.flatten(), torch.zeros(grid.rows * count, dtype=torch.int64, device="cpu"))
+        return BlockSet(keys.flatten(), all_full(grid.rows * count))
 
 
 def _mix(x: Number) -> Number:
@@ -100,8 +101,8 @@ def _permuted(seed: int, rows: Tensor, columns: int, count: int) -> Tensor:
     low_bits = (bits + 1) // 2
     low_mask, high_mask = (1 << low_bits) - 1, (1 << (bits - low_bits)) - 1
     keys = [key[:, None] for key in _round_keys(seed, rows)]
-    x = torch.arange(count, dtype=torch.int64, device="cpu").repeat(len(rows), 1)
-    numbers, unfinished = x, torch.arange(x.numel(), dtype=torch.int64, device="cpu")
+    x = counting(count).repeat(len(rows), 1)
+    numbers, unfinished = x, counting(x.numel())
     while True:
         high, low = x >> low_bits, x & low_mask
         for number in range(0, _ROUNDS, 2):

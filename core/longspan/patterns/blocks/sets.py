@@ -11,8 +11,9 @@ from attrs import frozen
 from torch import Tensor
 
 from longspan.errors import ArgumentError
+from longspan.numerics.tensors import counting
 from longspan.patterns.blocks.grid import Grid
-from longspan.patterns.blocks.masks import EMPTY, MaskTable
+from longspan.patterns.blocks.masks import EMPTY, MaskTable, all_full
 
 __all__ = ["MOST", "Band", "BlockSet", "complement", "everything", "intersect", "listed", "unite"]
 
@@ -50,10 +51,10 @@ class Band:
         right = (grid.columns + 1) * size if self.right is None else min(self.right, (grid.columns + 1) * size)
         low = max(-((right + size - 1) // size), grid.first_row - grid.columns)  # below it the grid has none
         high = min((left + size - 1) // size, last)
-        states = torch.zeros(max(0, high - low + 1), dtype=torch.int64, device="cpu")
+        states = all_full(max(0, high - low + 1))
         full_low, full_high = -((right + 1 - size) // size), (left + 1 - size) // size
         ends = sorted({*range(low, min(full_low, high + 1)), *range(max(full_high + 1, low), high + 1)})
-        step = torch.arange(size, dtype=torch.int64, device="cpu")
+        step = counting(size)
         for difference in ends:  # at most four, whatever the length
             apart = difference * size + step[:, None] - step[None, :]
             states[difference - low] = table.add(((apart <= left) & (apart >= -right))[None])[0]
@@ -75,11 +76,9 @@ class Band:
         ends = counts.cumsum(0)
         total = check_count(int(ends[-1]) if len(ends) else 0)
         starts = ends - counts
-        shift = torch.arange(grid.rows, dtype=torch.int64, device="cpu") * columns + first - starts
-        keys = torch.arange(total, dtype=torch.int64, device="cpu") + torch.repeat_interleave(
-            shift, counts, output_size=total
-        )
-        of_block = torch.zeros(total, dtype=torch.int64, device="cpu")
+        shift = counting(grid.rows) * columns + first - starts
+        keys = counting(total) + torch.repeat_interleave(shift, counts, output_size=total)
+        of_block = all_full(total)
         for number in states.nonzero().squeeze(1).tolist():
             column = rows - (low + number)
             there = (column >= first) & (column < first + counts)
@@ -110,7 +109,7 @@ def complement(blocks: BlockSet) -> BlockSet:
 def everything(grid: Grid, but: BlockSet, table: MaskTable) -> BlockSet:
     """The blocks of a complemented set, listed: as many as it holds."""
     check_count(grid.rows * grid.columns)
-    keys = torch.arange(grid.rows * grid.columns, dtype=torch.int64, device="cpu")
+    keys = counting(grid.rows * grid.columns)
     states = torch.zeros_like(keys)
     states[but.keys] = table.without(states[but.keys], but.states)
     return listed(keys, states)
@@ -132,8 +131,8 @@ def unite(a: BlockSet, b: BlockSet, table: MaskTable) -> BlockSet:
     states[index[shared]] = table.join(known[shared], b.states[shared])
     new = ~shared
     keys = b.keys[new]
-    from_a = torch.arange(len(a.keys), dtype=torch.int64, device="cpu") + torch.searchsorted(keys, a.keys)
-    from_b = torch.arange(len(keys), dtype=torch.int64, device="cpu") + torch.searchsorted(a.keys, keys)
+    from_a = counting(len(a.keys)) + torch.searchsorted(keys, a.keys)
+    from_b = counting(len(keys)) + torch.searchsorted(a.keys, keys)
     all_keys = torch.empty(len(a.keys) + len(keys), dtype=torch.int64, device="cpu")
     all_states = torch.empty_like(all_keys)
     all_keys[from_a], all_keys[from_b] = a.keys, keys

@@ -10,6 +10,7 @@ from attrs import frozen
 from torch import Tensor
 
 from longspan.errors import ArgumentError, check_integer
+from longspan.numerics.tensors import counting
 from longspan.patterns.blocks.csr import BlockCSR, HeadBlocks
 from longspan.patterns.blocks.evaluation import evaluate
 from longspan.patterns.blocks.grid import Grid, check_block_size, on_cpu
@@ -186,10 +187,7 @@ class BlockSparse(Pattern):
         heads = heads or self.heads or 1
         self.check(heads)
         check_integer("query_offset", query_offset)
-        query, key = (
-            query_offset + torch.arange(q_len, dtype=torch.int64, device="cpu")[:, None],
-            torch.arange(kv_len, dtype=torch.int64, device="cpu")[None, :],
-        )
+        query, key = query_offset + counting(q_len)[:, None], counting(kv_len)[None, :]
         seen = (key <= query) if is_causal else torch.ones(q_len, kv_len, dtype=torch.bool, device="cpu")
         return torch.stack([self.allowed(query, key, head, kv_len) & seen for head in range(heads)])
 

@@ -9,7 +9,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from longspan.numerics.tensors import wide_dtype
+from longspan.numerics.tensors import counting, wide_dtype
 from longspan.patterns.blocks.csr import BlockCSR
 from longspan.patterns.blocks.grid import on_cpu
 from longspan.patterns.blocks.masks import FULL, MaskTable
@@ -236,7 +236,7 @@ def _visible_pairs(scoring: BlockScoring) -> Tensor:
     spans = grid.column_spans()
     pairs = (high - low)[:, None] * spans
     if scoring.is_causal:
-        distance = grid.row_numbers()[:, None] - torch.arange(scoring.columns, dtype=torch.int64, device="cpu")
+        distance = grid.row_numbers()[:, None] - counting(scoring.columns)
         triangle = _triangle(high[:, None], spans) - _triangle(low[:, None], spans)
         pairs = torch.where(distance == 0, triangle, pairs).masked_fill_(distance < 0, 0)
     return pairs

@@ -10,6 +10,7 @@ from attrs import frozen
 from torch import Tensor
 
 from longspan.errors import ArgumentError, brief, check_integer
+from longspan.numerics.tensors import counting
 from longspan.patterns.blocks.csr import BlockCSR
 from longspan.patterns.blocks.grid import check_block_size, on_cpu
 from longspan.patterns.blocks.masks import FULL, MaskTable
@@ -265,14 +266,14 @@ def stand_in(problem: Problem) -> Problem:
         return problem.replace(pattern=Dense(), documents=None)
     scoring = max((scoring for _, scoring in parts), key=lambda scoring: scoring.kv_len)
     grid, kept = scoring.grid, min(pattern.k, scoring.columns)
-    near = torch.arange(kept, dtype=torch.int64, device="cpu")
+    near = counting(kept)
     own = grid.row_numbers().clamp(max=grid.columns - 1)[:, None]
     table = MaskTable(grid.block_size)
     if problem.is_causal:
         columns = (own - near.flip(0)).flatten()
     else:
         columns = ((own - kept // 2).clamp(min=0, max=grid.columns - kept) + near).flatten()
-    keys = torch.arange(grid.rows, dtype=torch.int64, device="cpu").repeat_interleave(kept) * grid.columns + columns
+    keys = counting(grid.rows).repeat_interleave(kept) * grid.columns + columns
     states = torch.full_like(keys, FULL)
     if problem.is_causal:
         diagonal = table.add(torch.ones(1, grid.block_size, grid.block_size, dtype=torch.bool, device="cpu").tril_())
