@@ -6,9 +6,12 @@ import json
 import math
 import os
 import pickle
+import re
+import struct
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +21,8 @@ from hypothesis import strategies as st
 import longspan as ls
 from longspan.lowering.dense import lower
 from longspan.testing import oracle
-from longspan_plugins.cpu_fused import library, native
-from longspan_plugins.cpu_fused.program import Program, program_for
+from longspan_plugins.cpu_fused import binding, library, native
+from longspan_plugins.cpu_fused.program import TILE, Program, program_for
 
 NATIVE = pytest.mark.skipif(library.compiler() is None, reason="no C compiler: the kernels are composed")
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}
@@ -247,6 +250,63 @@ def test_threads_of_the_caller():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+HEADER = re.sub(r"/\*.*?\*/", "", Path(library.HERE, "attention.h").read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def members(structure):
+    """The fields of one of the header's structures, all of 64 bits: how many words each takes."""
+    (body,) = re.findall(rf"typedef struct {{([^{{}}]*)}} {structure};", HEADER)
+    found = {}
+    for declaration in filter(None, map(str.strip, body.split(";"))):
+        words = re.fullmatch(r"(int64_t|double|(?:const )?\w+ (?=\*))\s*(.*)", declaration, re.DOTALL)
+        for member in words[2].split(","):
+            name, count = re.fullmatch(r"\s*\*?(\w+)(?:\[(\d+)\])?", member).groups()
+            assert words[1] in ("int64_t", "double") or "*" in member
+            found[name] = int(count or 1)
+    return found
+
+
+def test_the_fields_of_a_job_are_those_of_the_header():
+    assert list(binding.FIELDS.items()) == list(members("Job").items())
+    assert (binding.AT.batch, binding.AT.scale, binding.AT.query_at, binding.AT.failed) == (0, 7, 20, binding.WORDS - 1)
+
+
+@NATIVE
+def test_tiles_and_segments_have_as_many_columns_as_the_header_says():
+    made = program_for(ls.Problem(batch=1, heads=1, q_len=9, head_dim=8), library.load())
+    assert [table.shape[1] for table in (made.tiles, made.segments)] == [len(members("Tile")), len(members("Segment"))]
+    assert int(re.search(r"TILE = (\d+)", HEADER)[1]) == TILE
+
+
+@NATIVE
+def test_every_field_of_a_job_is_filled_by_its_name(monkeypatch):
+    """What the kernels would be told, by the header's order."""
+    seen = []
+    monkeypatch.setattr(native, "run", lambda function, words: seen.append(words.tolist()))
+    query, key, value = tensors(2, 4, 2, 40, 40, 16, torch.float32)
+    problem = ls.Problem.like(query, key, value, enable_gqa=True, is_causal=True, dropout_p=0.25)
+    made = native.kernel(problem, program_for(problem, library.load()), library.load())
+    numbers = torch.arange(40).expand(2, 4, 40)
+    drop = ls.Dropout(0.25, 7, torch.arange(8).view(2, 4), numbers, numbers[:, :1])
+    out, lse = made.forward(query, key, value, dropout=drop)
+    made.backward(out, query, key, value, out, lse, dropout=drop, dlse=lse)
+    for words, is_backward in zip(seen, (False, True), strict=True):
+        job, places = {}, iter(words)
+        for name, count in members("Job").items():
+            one = [next(places) for _ in range(count)]
+            job[name] = one if count > 1 else one[0]
+        told = [job[name] for name in ("batch", "heads", "group", "dim", "kind", "parts")]
+        assert told == [2, 4, 2, 16, 0, 1]
+        for name, tensor in {"query": query, "key": key, "value": value}.items():
+            assert (job[name], job[f"{name}_at"]) == (tensor.data_ptr(), list(tensor.stride()[:3]))
+        for name in ("dout", "dlse", "dquery"):
+            assert (job[name] != 0, any(job[f"{name}_at"])) == (is_backward, is_backward)
+        assert struct.unpack("2d", struct.pack("2q", job["scale"], job["keep"])) == (0.25, 4 / 3)
+        assert (job["seed"], job["threshold"], job["failed"]) == (7, 2**30 - 2**31, 0)
+        assert (job["lines_at"], job["query_positions_at"], job["key_positions_at"]) == ([4, 1], [0, 0, 1], [0, 0, 1])
+    assert job["lse"] == lse.data_ptr() == job["dlse"] and job["out"] == out.data_ptr() == job["dout"]
 
 
 PROGRAM = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.autograd import profiler
 
 from longspan.plugin import ArgumentError, Dropout, Kernel, Problem
-from longspan_plugins.cpu_fused.binding import bits, run
+from longspan_plugins.cpu_fused.binding import AT, bits, job, places, put, run
 from longspan_plugins.cpu_fused.gate import Passed, check_made, passed, passed_inputs
 from longspan_plugins.cpu_fused.library import Library
 from longspan_plugins.cpu_fused.program import TILE, Program, check_program
@@ -22,8 +23,9 @@ __all__ = ["OPERATOR", "kernel"]
 OPERATOR = "longspan_plugins::cpu_fused"
 Pair = tuple[Tensor, Tensor]
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-THREADS, PARTS = 5, 6
-"""Places of these words in a job."""
+FORWARD = places("query", "key", "value", "out", "lse")
+BACKWARD, DLSE = places("dout", "dquery"), places("dlse")
+DROPOUT = places("lines", "query_positions", "key_positions")
 PAYS = 2**21
 """Multiply-adds that are worth a thread of their own: starting one takes about as long."""
 
@@ -41,7 +43,19 @@ class _Native:
         check_program(program, problem)
         self._lanes, self._program, self._problem = library.lanes, program, problem
         self._dtype: torch.dtype = getattr(torch, problem.dtype)
-        self._scale = bits(problem.scale)
+        masks = program.masks
+        self._job = job(
+            dim=problem.head_dim,
+            kind=KINDS[self._dtype],
+            parts=1,
+            scale=bits(problem.scale),
+            tiles=program.tiles.address,
+            segments=program.segments.address,
+            programs=program.ranges.address,
+            masks=0 if masks is None else masks.address,
+            mask_keys=0 if masks is None else masks.shape[1],
+            mask_words=0 if masks is None else masks.shape[2],
+        )
         self._of_heads = {len(program.of_head): program.of_head}  # a lowered problem may come with other heads
         self._shared: dict[int, Shares] = {}
         self._pairs = program.keys * TILE // max(1, len(program.ranges))  # an upper bound for one head
@@ -61,10 +75,11 @@ class _Native:
         if not self._program.covered:
             out.zero_()
             lse.fill_(-torch.inf)
-        drawn = None if dropout is None else _drawn(dropout, shape, key.shape)
-        words = self._job(inputs, results, shape, key.shape[1], self._threads(shape, 2))
+        words = self._words(inputs, results, shape, key.shape[1], self._threads(shape, 2))
+        drawn = None if dropout is None else _put_dropout(words, dropout, shape, key.shape)
         with _traced():
-            run(self._forward, [*words, *(0,) * 15, *_dropout_words(dropout, drawn)])
+            run(self._forward, words)
+        del drawn  # which the kernels have read
         return out, lse
 
     def backward(
@@ -83,7 +98,6 @@ class _Native:
         results = passed("out", out, self._dtype, shape), passed("lse", lse, torch.float32, shape[:3])
         slope = passed("dout", dout, self._dtype, shape)
         more = None if dlse is None else passed("dlse", dlse, torch.float32, shape[:3])
-        drawn = None if dropout is None else _drawn(dropout, shape, key.shape)
         padded = -(-dim // self._lanes) * self._lanes
         dquery = torch.empty(shape, dtype=self._dtype, device="cpu")
         if not self._program.covered:
@@ -100,30 +114,28 @@ class _Native:
 
         sums = [zeros(keys)]
         home = max(range(shares.count), key=lambda number: shares.keys[number][1] - shares.keys[number][0])
-        apart = shares.apart(shape[1] // max(1, kv_heads))
-        held = self._job(inputs, results, shape, kv_heads, threads)
-
-        def words(tiles: Table, many: int, where: Table, threads: int) -> list[int]:
-            """For `many` shares, which add up the gradients of keys and values at the addresses in `where`."""
-            given = list(held)
-            given[THREADS], given[PARTS] = threads, many
-            addresses = slope[1], 0 if more is None else more[1], target[1]
-            steps = (*slope[2][:3], *((0, 0, 0) if more is None else more[2]), *target[2][:3])
-            return [*given, *addresses, tiles.address, where.address, apart, *steps, *_dropout_words(dropout, drawn)]
-
+        words = self._words(inputs, results, shape, kv_heads, threads)
+        drawn = None if dropout is None else _put_dropout(words, dropout, shape, key.shape)
+        put(words, BACKWARD, (slope, target))
+        if more is not None:
+            put(words, DLSE, (more,))
+        words[AT.run], words[AT.parts] = shares.apart(shape[1] // max(1, kv_heads)), shares.count
         if shares.between is None:
-            places = []
+            ends = []
             for number, (low, high) in enumerate(shares.keys):
                 if number != home:
                     sums.append(zeros(high - low))
-                places.append((sums[0], 0) if number == home else (sums[-1], low))
-            table = _places(places)
+                ends.append((sums[0], 0) if number == home else (sums[-1], low))
         else:
-            table = _places([(sums[0], 0)] * shares.count)
+            ends = [(sums[0], 0)] * shares.count
+        table = _sums(ends)
+        words[AT.shares], words[AT.sums] = shares.tiles.address, table.address
         with _traced():
-            run(self._backward, words(shares.tiles, shares.count, table, threads))
+            run(self._backward, words)
             if shares.between is not None:
-                run(self._backward, words(shares.between, shares.count, table, 1))
+                words[AT.shares], words[AT.threads] = shares.between.address, 1
+                run(self._backward, words)
+        del drawn  # which the kernels have read
         others = [keys for number, keys in enumerate(shares.keys) if number != home]
         for (low, high), part in zip(others, sums[1:], strict=False):  # there are none where all shares have one place
             for total, some in zip(sums[0], part, strict=True):
@@ -131,48 +143,28 @@ class _Native:
         dkey, dvalue = (total[..., :dim].to(self._dtype) for total in sums[0])
         return dquery, dkey, dvalue
 
-    def _job(
-        self, inputs: Sequence[Passed], results: Sequence[Passed], shape: Sequence[int], kv_heads: int, threads: int
-    ) -> list[int]:
-        """The words up to the backward's."""
-        program = self._program
-        batch, heads, _, dim = shape
+    def _words(
+        self,
+        inputs: Sequence[Passed],
+        results: Sequence[Passed],
+        shape: Sequence[int],
+        kv_heads: int,
+        threads: int,
+    ) -> array[int]:
+        """The job of a forward without dropout, and of a backward but for what is its own."""
+        batch, heads, _, _ = shape
         of_head = self._of_heads.get(heads)
         if of_head is None:
-            if len(program.ranges) != 1:
+            if len(self._program.ranges) != 1:
                 raise ArgumentError("query", f"{heads} heads", f"{self._problem.heads}, as planned", "make a plan")
             # setdefault: another thread's table, once it is in use, is not to be replaced, which would free it
             of_head = self._of_heads.setdefault(heads, Table.of(torch.zeros(heads, dtype=torch.int64, device="cpu")))
-        masks = program.masks
-        (_, query, query_at), (_, key, key_at), (_, value, value_at) = inputs
-        (_, out, out_at), (_, lse, lse_at) = results
-        return [
-            batch,
-            heads,
-            max(1, heads // max(1, kv_heads)),  # without heads too the kernels divide by it
-            dim,
-            KINDS[self._dtype],
-            threads,
-            1,
-            self._scale,
-            program.tiles.address,
-            program.segments.address,
-            program.ranges.address,
-            of_head.address,
-            0 if masks is None else masks.address,
-            0 if masks is None else masks.shape[1],
-            0 if masks is None else masks.shape[2],
-            query,
-            key,
-            value,
-            out,
-            lse,
-            *query_at[:3],
-            *key_at[:3],
-            *value_at[:3],
-            *out_at[:3],
-            *lse_at,
-        ]
+        words = self._job[:]
+        words[AT.batch], words[AT.heads], words[AT.threads] = batch, heads, threads
+        words[AT.group] = max(1, heads // max(1, kv_heads))  # without heads too the kernels divide by it
+        words[AT.program_of_head] = of_head.address
+        put(words, FORWARD, (*inputs, *results))
+        return words
 
     def _shares(self, count: int) -> Shares:
         found = self._shared.get(count)
@@ -185,32 +177,23 @@ class _Native:
         return max(1, min(torch.get_num_threads(), work // PAYS))
 
 
-def _drawn(dropout: Dropout, query: Sequence[int], key: Sequence[int]) -> tuple[Passed, Passed, Passed]:
-    """The numbers of lines, queries and keys, for tensors of these shapes."""
-    found = []
+def _put_dropout(words: array[int], dropout: Dropout, query: Sequence[int], key: Sequence[int]) -> list[Passed]:
+    """Write down a dropout for tensors of these shapes; returns what has to be held while it is drawn."""
+    drawn: list[Passed] = []
     for name, most in (("lines", query[:2]), ("queries", query[:3]), ("keys", key[:3])):
         tensor: Tensor = getattr(dropout, name)
         shape = tuple(size if size == 1 else many for size, many in zip(tensor.shape, most, strict=True))
         kept, address, strides = passed(f"dropout's {name}", tensor, torch.int64, shape)
         # A dimension of 1 stands for any size: that of keys that several heads share.
-        found.append((kept, address, tuple(0 if size == 1 else at for size, at in zip(shape, strides, strict=True))))
-    return found[0], found[1], found[2]
+        drawn.append((kept, address, tuple(0 if size == 1 else at for size, at in zip(shape, strides, strict=True))))
+    put(words, DROPOUT, drawn)
+    words[AT.seed] = (dropout.seed + 2**63) % 2**64 - 2**63
+    words[AT.keep] = bits(1.0 / (1.0 - dropout.p))
+    words[AT.threshold] = int(dropout.p * 2**32) - 2**31
+    return drawn
 
 
-def _dropout_words(dropout: Dropout | None, drawn: tuple[Passed, Passed, Passed] | None) -> list[int]:
-    if dropout is None or drawn is None:
-        return [0] * 15
-    return [
-        *(address for _, address, _ in drawn),
-        *(step for _, _, strides in drawn for step in strides),
-        (dropout.seed + 2**63) % 2**64 - 2**63,
-        bits(1.0 / (1.0 - dropout.p)),
-        int(dropout.p * 2**32) - 2**31,
-        0,
-    ]
-
-
-def _places(sums: Sequence[tuple[Pair, int]]) -> Table:
+def _sums(sums: Sequence[tuple[Pair, int]]) -> Table:
     """`attention.h`'s `sums`, for pairs of `(batch, kv_heads, keys, padded)` that begin at these keys."""
     rows = []
     for both, first in sums:
