@@ -8,8 +8,9 @@ none on a CPU), so the core's blockwise backward serves.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import cache, lru_cache
 from threading import RLock
 from typing import Any
 
@@ -68,6 +69,8 @@ def longspan_kernel(problem: Problem) -> Kernel:
     from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
     visible = _visible(problem)
+    if problem.device.type == "cpu":
+        _hear_torch_out()
     run: Any = torch.compile(flex_attention, dynamic=False) if problem.device.type != "cpu" else flex_attention
 
     @lru_cache(maxsize=8)
@@ -100,6 +103,17 @@ def longspan_kernel(problem: Problem) -> Kernel:
         return out.masked_fill(seen > 0, torch.nan), lse
 
     return Kernel(forward)
+
+
+@cache
+def _hear_torch_out() -> None:
+    """Have torch say here, once a process and to nobody, that FlexAttention runs uncompiled: as it has to, on a CPU."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile", category=UserWarning)
+        nothing = torch.zeros(1, 1, 16, 16, dtype=torch.float32, device="cpu")
+        flex_attention(nothing, nothing, nothing)
 
 
 def _visible(problem: Problem) -> Callable[..., Tensor] | None:

@@ -6,8 +6,9 @@ mask of a dense problem is its only sparsity here: a causal triangle keeps half 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ def longspan_unsupported(problem: Problem) -> Iterable[Reason]:
 def longspan_kernel(problem: Problem) -> Kernel:
     """One head at a time, over the CSR pattern that all heads share."""
     scale = problem.scale
+    _hear_torch_out()
 
     def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         pattern = _pattern(query.shape[2], key.shape[2], problem.is_causal)
@@ -55,6 +57,21 @@ def longspan_kernel(problem: Problem) -> Kernel:
         return out, lse
 
     return Kernel(forward, operators=("aten::sparse_sampled_addmm",))
+
+
+@cache
+def _hear_torch_out() -> None:
+    """Have torch say here, once a process and to nobody, that its CSR tensors may change: of no use to the user."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state", category=UserWarning)
+        _csr(*_pattern(1, 1, False)[:2], torch.zeros(1, dtype=torch.float32, device="cpu"), (1, 1))
+
+
+def _csr(pointers: Tensor, columns: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:
+    """A sparse matrix; torch wants to be told whether to check what it is given."""
+    return torch.sparse_csr_tensor(
+        pointers, columns, values, size, dtype=values.dtype, device="cpu", check_invariants=False
+    )
 
 
 @lru_cache(maxsize=8)
@@ -73,18 +90,11 @@ def _pattern(rows: int, columns: int, is_causal: bool) -> tuple[Tensor, Tensor, 
 def _head(pattern: tuple[Tensor, Tensor, Tensor], query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     pointers, columns, row = pattern
     size = (query.shape[0], key.shape[0])
-    sample = torch.sparse_csr_tensor(
-        pointers,
-        columns,
-        torch.zeros(len(columns), dtype=query.dtype, device="cpu"),
-        size,
-        dtype=query.dtype,
-        device="cpu",
-    )
+    sample = _csr(pointers, columns, torch.zeros(len(columns), dtype=query.dtype, device="cpu"), size)
     scores = torch.sparse.sampled_addmm(sample, query.contiguous(), key.t().contiguous(), beta=0.0).values()
     largest = torch.segment_reduce(scores, "max", offsets=pointers)
     weights = (scores - largest[row]).exp_()
     wide = weights.double()  # both sums below add up a row's keys one after the other
     total = wide.new_zeros(len(largest)).index_add_(0, row, wide)
-    shares = torch.sparse_csr_tensor(pointers, columns, wide / total[row], size, dtype=wide.dtype, device="cpu")
+    shares = _csr(pointers, columns, wide / total[row], size)
     return (shares @ value.double()).to(query.dtype), (largest + total.log()).to(query.dtype)

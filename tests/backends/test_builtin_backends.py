@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
@@ -230,3 +231,18 @@ def test_torch_sparse_is_experimental_and_says_so():
     assert found["torch_sparse"].ok
     assert found["torch_sparse"].reasons[0].code == "experimental"
     assert found.chosen != "torch_sparse"
+
+
+SILENT = """
+import sys, torch, longspan as ls
+query = torch.randn(1, 1, 32, 16, requires_grad=True)
+for pattern in (ls.Dense(), ls.SlidingWindow(4, 0)):
+    ls.attention(query, query, query, pattern, is_causal=True, backend=sys.argv[1]).sum().backward()
+"""
+
+
+@pytest.mark.parametrize("backend", ["torch_sparse", "flex"])
+def test_what_torch_says_of_its_own_features_is_not_said_to_the_user(backend):
+    program = [sys.executable, "-W", "error::UserWarning", "-c", SILENT, backend]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 
 import longspan as ls
@@ -23,9 +21,7 @@ def pytest_generate_tests(metafunc):
 
 def test_case(backend: str, case: Case):
     __tracebackhide__ = True
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch on its own features: sparse tensors, uncompiled flex
-        assert_conforms(backend, case)
+    assert_conforms(backend, case)
 
 
 def test_every_loaded_backend_has_cases(backend_name):
