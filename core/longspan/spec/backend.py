@@ -19,7 +19,7 @@ DEVICES = ("cpu", "cuda", "rocm", "mps", "xpu")
 ELSEWHERE = ("hpu", "mlu", "musa", "npu", "xla")
 """Devices that torch knows once a package of their maker's is imported."""
 
-MEANT = {
+SYNONYMS = {
     "devices": {
         "amd": "rocm",
         "apple": "mps",
@@ -98,7 +98,7 @@ def _torch_knows(device: str) -> bool:
 
 def _unknown(field: str, word: object, known: tuple[str, ...]) -> ArgumentError:
     text = str(word).removeprefix("torch.").lower()
-    meant = MEANT["devices" if field == "contains_nonfinite" else field]
+    meant = SYNONYMS["devices" if field == "contains_nonfinite" else field]
     near = meant.get(text) or nearest(text, known, 0.5)
     near = text if text in known else near
     fix = f"write {near!r}" if near else f"e.g. {field}=({known[0]!r},)"

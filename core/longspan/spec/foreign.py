@@ -63,7 +63,7 @@ _LENGTHS = ("the boundaries alone", "leave it out: it follows from cu_seqlens")
 _DILATED = ("pattern=longspan.Dilated(segment_lengths, dilation_rates)", "e.g. longspan.Dilated((2048, 4096), (1, 2))")
 _ORDER = ("tensors of (batch, heads, seq, head_dim)", "pass a transposed view, x.transpose(1, 2), which costs nothing")
 
-ELSEWISE = {
+ALTERNATIVES = {
     "alibi_slopes": _SCORES,
     "attention_mask": _MASK,
     "attn_bias": _MASK,
@@ -107,7 +107,7 @@ ELSEWISE = {
 }
 """Words for which there is no one argument: what serves in their place, and what to do."""
 
-HOMES = {
+FUNCTIONS = {
     **dict.fromkeys(
         ("pattern", "is_causal", "scale", "dropout_p", "enable_gqa", "cu_seqlens", "query_offset"),
         "longspan.Problem.like and longspan.attention",
@@ -135,15 +135,15 @@ def unknown_argument(function: str, given: Mapping[str, object], own: Collection
     """
     word, value = next(iter(given.items()))
     meant = word.lower()
-    if meant not in {*own, *RENAMED, *ELSEWISE, *HOMES}:
-        meant = nearest(meant, own) or nearest(meant, [*RENAMED, *ELSEWISE, *HOMES], 0.8)
+    if meant not in {*own, *RENAMED, *ALTERNATIVES, *FUNCTIONS}:
+        meant = nearest(meant, own) or nearest(meant, [*RENAMED, *ALTERNATIVES, *FUNCTIONS], 0.8)
     got = f"an argument that {function} does not have"
-    if meant in ELSEWISE and meant not in own:
-        return UnknownArgument(word, got, *ELSEWISE[meant])
+    if meant in ALTERNATIVES and meant not in own:
+        return UnknownArgument(word, got, *ALTERNATIVES[meant])
     meant = RENAMED.get(meant, meant) if meant not in own else meant
     if meant in own:
         plain = isinstance(value, bool | int | float | str)
         return UnknownArgument(word, got, meant, f"pass {meant}={value!r}" if plain else f"pass {meant}=...")
-    if meant in HOMES:
-        return UnknownArgument(word, got, f"{meant} as an argument of {HOMES[meant]}", f"pass {meant} there")
+    if meant in FUNCTIONS:
+        return UnknownArgument(word, got, f"{meant} as an argument of {FUNCTIONS[meant]}", f"pass {meant} there")
     return UnknownArgument(word, got, f"one of {', '.join(own)}", "leave it out, or see help(longspan.attention)")

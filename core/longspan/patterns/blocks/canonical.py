@@ -1,4 +1,4 @@
-"""Blocks that somebody hands in: checked, each refusal naming the tensor and what would do, and in the one true form.
+"""Blocks that a caller hands in: checked, each refusal naming the tensor and what would do, and in canonical form.
 
 Equal pairs then have equal states, masks and numbers.
 """
