@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 
 import longspan as ls
+from longspan.lowering import masked
+from longspan.memory import arena
+from longspan.testing import cases
+from longspan.tools.demo import run
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [*sorted(ROOT.glob("docs/**/*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
@@ -82,3 +86,17 @@ def test_figures_are_those_of_the_raw_files():
         value = reduce(lambda held, key: held[key], figure["keys"].split(" > "), raw)
         shown = figure["shown"].replace(",", "")
         assert f"{value:.{len(shown.partition('.')[2])}f}" == shown, figure[0]
+
+
+@pytest.mark.parametrize(
+    ("document", "words", "value"),
+    [
+        ("docs/hooks.md", "from {} MiB on", arena.THRESHOLD // 2**20),
+        ("docs/design.md", "slabs of {:,} queries", masked.ROWS),
+        ("README.md", "{:,} tokens of it", run.DEFAULT_TOKENS),
+        ("docs/write_a_backend.md", "{:,} keys or queries", cases.LONG),
+    ],
+)
+def test_figures_are_those_of_the_code(document, words, value):
+    text = " ".join((ROOT / document).read_text(encoding="utf-8").split())
+    assert words.format(value) in text
