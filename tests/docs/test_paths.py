@@ -14,7 +14,7 @@ import longspan as ls
 from longspan.lowering import masked
 from longspan.memory import arena
 from longspan.testing import cases
-from longspan.tools.demo import run
+from longspan.tools.demo.run import DEFAULT_TOKENS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [*sorted(ROOT.glob("docs/**/*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
@@ -93,7 +93,7 @@ def test_figures_are_those_of_the_raw_files():
     [
         ("docs/hooks.md", "from {} MiB on", arena.THRESHOLD // 2**20),
         ("docs/design.md", "slabs of {:,} queries", masked.ROWS),
-        ("README.md", "{:,} tokens of it", run.DEFAULT_TOKENS),
+        ("README.md", "{:,} tokens of it", DEFAULT_TOKENS),
         ("docs/write_a_backend.md", "{:,} keys or queries", cases.LONG),
     ],
 )
