@@ -28,7 +28,7 @@ from longspan.lowering.layout import Layout
 from longspan.memory import compiled
 from longspan.memory.arena import ArenaStats, BufferArena, buffer_arena
 from longspan.memory.cache import PatternCache, pattern_cache
-from longspan.memory.cache_entry import CacheStats
+from longspan.memory.cached_layout import CacheStats
 from longspan.memory.folders import cache_folder
 from longspan.memory.workspace import Allocator, Workspace
 from longspan.numerics import blockwise, nonfinite

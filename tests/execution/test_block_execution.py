@@ -15,7 +15,7 @@ from longspan.lowering.blocks import BlockLayout
 from longspan.memory import cache_file
 from longspan.memory.arena import BufferArena
 from longspan.memory.cache import PatternCache
-from longspan.memory.cache_entry import LayoutKey
+from longspan.memory.cached_layout import LayoutKey
 from longspan.planning.attention import forget
 from longspan.testing import oracle
 from longspan.testing.answers import Answer, dense
@@ -361,7 +361,7 @@ def test_rows_run_in_groups_not_one_by_one():
     """A window's rows are one batch, whose full blocks are read where they lie."""
     for n in (8192, 65536):
         made = ls.plan(ls.Problem(batch=1, heads=1, q_len=n, head_dim=8, pattern=ls.local_blocks(512)), "sdpa")
-        groups = [job.group for job in made._runner._jobs]
+        groups = [job.group for job in made._runner._index[0]]
         assert len(groups) == 5  # four rows whose window is cut off by the start, and all others
         assert groups[-1].count == n // 128 - 4
         full = [one for one in groups[-1].columns if one.mask_ids is None]

@@ -1,22 +1,21 @@
-"""A second tier on a CPU: transfers that happen when they are waited for, and garbage until then."""
+"""A device that bytes can leave, on a CPU: transfers that happen when they are waited for, and garbage until then."""
 
 from __future__ import annotations
 
 import torch
 
 
-class Mark:
-    def __init__(self, mover, number):
-        self.mover, self.number = mover, number
+class FakeEvent:
+    def __init__(self, offloader, number):
+        self.offloader, self.number = offloader, number
 
     def wait(self):
-        self.mover.run_until(self.number)
+        is_over = self.offloader.done >= self.number
+        self.offloader.run_until(self.number)
+        return is_over
 
-    def seconds(self):
-        return 0.5 if self.mover.done >= self.number else None
 
-
-class FakeMover:
+class FakeOffloader:
     """In the order of a stream: what was started first is done first, none of it before somebody waits."""
 
     def __init__(self):
@@ -24,27 +23,28 @@ class FakeMover:
         self.used = []
         self.batches = []
 
-    def to_host(self, flat):
-        host = torch.full_like(flat, 255)
-        return host, self._start(lambda: host.copy_(flat))
+    def to_host(self, data):
+        host = torch.full_like(data, 255)
+        self._start(lambda: host.copy_(data))
+        return host
 
-    def to_device(self, flats):
-        moved = [torch.full_like(flat, 255) for flat in flats]
-        self.batches.append(len(moved))
+    def to_device(self, data):
+        copies = [torch.full_like(flat, 255) for flat in data]
+        self.batches.append(len(copies))
 
         def copy():
-            for to, of in zip(moved, flats, strict=True):
+            for to, of in zip(copies, data, strict=True):
                 to.copy_(of)
 
-        return moved, self._start(copy)
+        return copies, self._start(copy)
 
-    def use(self, flat):
-        self.used.append(flat)
+    def use(self, data):
+        self.used.append(data)
 
     def _start(self, copy):
         self.number += 1
         self.pending.append((self.number, copy))
-        return Mark(self, self.number)
+        return FakeEvent(self, self.number)
 
     def run_until(self, number):
         while self.pending and self.pending[0][0] <= number:

@@ -16,15 +16,15 @@ from concurrent.futures import ThreadPoolExecutor
 import attrs
 import pytest
 import torch
-from fake_device import FakeMover
+from fake_device import FakeOffloader
 
 import longspan as ls
 from longspan.lowering.dense import lower
 from longspan.lowering.layout import Layout
 from longspan.memory import cache_file
 from longspan.memory.cache import PatternCache, pattern_cache
-from longspan.memory.cache_entry import LayoutKey
-from longspan.memory.flatten import Parcel
+from longspan.memory.cached_layout import LayoutKey
+from longspan.memory.flatten import nbytes_of
 from longspan.testing import oracle
 
 PATTERN = ls.Dilated((5, 12), (1, 2))
@@ -56,9 +56,9 @@ def blocks(count=100, fill=1):
     return Blocks(torch.full((count,), fill, dtype=torch.int64), torch.full((count,), fill, dtype=torch.int32), 7)
 
 
-def tiered(device_limit=2000, limit=2**20):
-    mover = FakeMover()
-    return PatternCache(limit, device_limit, mover_of=lambda _: mover), mover
+def on_a_device(device_limit=2000, limit=2**20):
+    offloader = FakeOffloader()
+    return PatternCache(limit, device_limit, offloader_for=lambda _: offloader), offloader
 
 
 # --- keeping --------------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def test_a_layout_of_numbers_is_found_as_it_is():
 
 
 def test_the_least_recently_used_goes_first():
-    one = Parcel(lower(problem())).weight
+    one = nbytes_of(lower(problem()))
     store = PatternCache(limit=3 * one)
     for n in "abc":
         store.put(n, lower(problem()))
@@ -108,7 +108,7 @@ def test_a_put_under_the_same_key_for_ever_takes_no_more_memory():
 
 
 def test_pins_outlive_pressure():
-    one = Parcel(lower(problem())).weight
+    one = nbytes_of(lower(problem()))
     store = PatternCache(limit=2 * one)
     store.put(key(), lower(problem()))
     store.pin(key())
@@ -137,7 +137,7 @@ def test_a_pin_is_never_ignored(name):
 
 
 def test_more_pins_than_room():
-    one = Parcel(lower(problem())).weight
+    one = nbytes_of(lower(problem()))
     store = PatternCache(limit=2 * one)
     for n in range(4):
         store.limit = 10 * one
@@ -222,11 +222,11 @@ def test_tensors_of_a_plan_made_in_inference_mode_serve_outside_of_it():
     store.get("a").rows.add_(1)
 
 
-# --- tiers ----------------------------------------------------------------------------------------------------------
+# --- devices and the host -------------------------------------------------------------------------------------------
 
 
 def test_cold_entries_leave_the_device_and_come_back_right():
-    store, mover = tiered()
+    store, offloader = on_a_device()
     for n in range(5):
         store.put(n, blocks(fill=n))
     stats = store.stats
@@ -235,35 +235,35 @@ def test_cold_entries_leave_the_device_and_come_back_right():
         found = store.get(n)
         assert torch.equal(found.rows, torch.full((100,), n)) and found.columns.unique().tolist() == [n]
     assert store.stats.promotions >= 4 and store.stats.device_bytes <= 2000
-    assert mover.used, "the stream that reads must be told to the allocator"
-    assert store.stats.transfer_seconds > 0
+    assert offloader.used, "the stream that reads must be told to the allocator"
 
 
 def test_a_batch_is_one_transfer():
-    store, mover = tiered()
+    store, offloader = on_a_device()
     for n in range(5):
         store.put(n, blocks(fill=n))
     store.device_limit = 10**6
     before = store.stats.transfers
-    found = store.get_batch([0, 1, 2, 3, 4, "none"])
-    assert [int(one.rows[0]) for one in found[:5]] == [0, 1, 2, 3, 4] and found[5] is None
-    assert mover.batches == [4] and store.stats.transfers == before + 1
+    assert store.prefetch([0, 1, 2, 3, 4, "none"]) == 4
+    assert offloader.batches == [4] and store.stats.transfers == before + 1
+    assert [int(store.get(n).rows[0]) for n in range(5)] == [0, 1, 2, 3, 4]
+    assert offloader.batches == [4]
 
 
 def test_a_prefetch_does_not_wait_and_a_get_does():
-    store, mover = tiered()
+    store, offloader = on_a_device()
     for n in range(3):
         store.put(n, blocks(fill=n))
     store.device_limit = 10**6
     assert store.prefetch([0, 1, 2, "none"]) == 2
-    assert mover.done == 0, "nobody waited yet"
+    assert offloader.done == 0, "nobody waited yet"
     assert torch.equal(store.get(0).rows, torch.zeros(100, dtype=torch.int64))
-    assert mover.done > 0 and mover.batches == [2]
+    assert offloader.done > 0 and offloader.batches == [2]
     assert store.prefetch([0, 1, 2]) == 0
 
 
 def test_a_prefetch_of_a_problem():
-    store, _ = tiered()
+    store, _ = on_a_device()
     store.put(key(), blocks(fill=3))
     store.put("other", blocks())
     assert store.prefetch([problem()]) == 1
@@ -271,7 +271,7 @@ def test_a_prefetch_of_a_problem():
 
 
 def test_pinned_entries_stay_on_the_device():
-    store, _ = tiered()
+    store, _ = on_a_device()
     store.put("pinned", blocks())
     store.pin("pinned")
     for n in range(5):
@@ -282,11 +282,148 @@ def test_pinned_entries_stay_on_the_device():
 
 
 def test_the_host_is_bounded_too():
-    store, _ = tiered(limit=5000)
+    store, _ = on_a_device(limit=5000)
     for n in range(20):
         store.put(n, blocks(fill=n))
         assert store.stats.host_bytes <= 5000 and store.stats.device_bytes <= 2000
     assert store.stats.evictions > 0
+
+
+# --- what plans copied to devices -----------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+SPARSE = ls.random_blocks(0.4, block_size=4, seed=0)
+RAGGED, WHOLE = 18, 16
+"""Tokens of which `block_sparse_batched`, which knows no masks, has the core run the blocks, or runs them itself."""
+
+
+def sparse_plan(n, store):
+    return ls.plan(problem(n, SPARSE), backend="block_sparse_batched", pattern_cache=store)
+
+
+def index(count=100, fill=1):
+    """As a runner's: objects with tensors, some of them in two places."""
+    made = blocks(count, fill)
+    return (made, Blocks(made.rows, made.columns, 3)), {(0, 0): torch.full((3, 2), fill % 2, dtype=torch.bool)}
+
+
+def is_index(found, count=100, fill=1):
+    (first, second), masks = found
+    want = torch.full((count,), fill)
+    assert first.rows.dtype == torch.int64 and torch.equal(first.rows, want) and torch.equal(second.rows, want)
+    assert torch.equal(first.columns.long(), want) and (first.size, second.size) == (7, 3)
+    return masks[0, 0].dtype == torch.bool and bool((masks[0, 0] == bool(fill % 2)).all())
+
+
+def kept(store, name):
+    layout = lower(problem())
+    store.put(name, layout)
+    return layout
+
+
+def test_copies_are_the_layouts_shared_and_counted_and_go_with_it():
+    store, offloader = on_a_device()
+    layout, other = kept(store, "a"), kept(store, "b")
+    before = store.stats
+    first = store.device_copy("a", layout, "index", index(), CPU)
+    assert first.arriving and offloader.done == 0, "nobody waited yet"
+    first.wait()
+    assert is_index(first.value) and offloader.batches == [1], "all tensors are one transfer"
+    assert first.value[0][0].rows is first.value[0][1].rows
+    stats = store.stats
+    assert 1200 <= stats.device_bytes < 1700 and stats.host_bytes == before.host_bytes and stats.entries == 2
+    assert stats.patterns[""].bytes == stats.device_bytes + stats.host_bytes
+    assert store.device_copy("a", layout, "index", index(), CPU) is first and offloader.batches == [1]
+    assert store.device_copy("b", other, "index", index(fill=2), CPU) is not first
+    assert store.device_copy("a", layout, "more", index(fill=3), CPU) is not first
+    store.put("a", lower(problem()))
+    assert store.device_copy("a", layout, "index", index(), CPU) is None, "of another layout"
+    assert store.device_copy("none", layout, "index", index(), CPU) is None
+    store.clear()
+    assert store.stats.device_bytes == store.stats.host_bytes == 0 and is_index(first.value)
+
+
+def test_copies_that_nobody_uses_go_to_the_host_and_come_back_by_one_transfer():
+    store, offloader = on_a_device(device_limit=4000)
+    layout = kept(store, "a")
+    names = ("index", "masks", "more")
+    held = [store.device_copy("a", layout, name, index(fill=n), CPU) for n, name in enumerate(names)]
+    for one in held:
+        one.wait()
+    assert store.stats.device_bytes > 4000 and store.stats.demotions == 0, "all of them are in use"
+    del held[1:], one
+    other = kept(store, "b")
+    mine = store.device_copy("b", other, "index", index(fill=9), CPU)
+    assert store.stats.demotions == 1 and 2400 <= store.stats.device_bytes <= 4000
+    assert is_index(held[0].value, fill=0) and store.device_copy("a", layout, "index", None, CPU) is held[0]
+    transfers = len(offloader.batches)
+    del mine, held[:]
+    assert store.prefetch(["a"]) == 0 and offloader.batches[transfers:] == [], "asked for just now: all of it is up"
+    again = [store.device_copy("a", layout, name, None, CPU) for name in names]
+    for number, one in enumerate(again):
+        one.wait()
+        assert is_index(one.value, fill=number)
+
+
+def test_a_plan_that_is_made_has_copies_brought_back_before_it_is_called():
+    store, offloader = on_a_device(device_limit=10_000)
+    x = [torch.randn(1, 2, RAGGED, 4) for _ in range(3)]
+    want = oracle(*x, SPARSE)
+    plan = sparse_plan(RAGGED, store)
+    assert store.stats.device_bytes == 0
+    torch.testing.assert_close(plan(*x)[0].double(), want, atol=1e-5, rtol=0)
+    assert 0 < store.stats.device_bytes <= 10_000 and store.stats.transfers == 1
+    once = sparse_plan(RAGGED, store)
+    torch.testing.assert_close(once(*x)[0].double(), want, atol=1e-5, rtol=0)
+    assert store.stats.transfers == 1, "two plans of a problem share their copies"
+    store.device_limit = 0
+    store.put("x", lower(problem()))
+    assert store.stats.demotions == 0 and store.stats.device_bytes > 0, "plans use them"
+    del plan, once
+    store.put("y", lower(problem()))
+    assert store.stats.demotions == 1 and store.stats.device_bytes == 0
+    store.device_limit = 10_000
+    done = offloader.done
+    plan = sparse_plan(RAGGED, store)
+    assert store.stats.device_bytes > 0 and offloader.done == done, "on its way, and nobody waited"
+    torch.testing.assert_close(plan(*x)[0].double(), want, atol=1e-5, rtol=0)
+    assert store.stats.promotions == 2
+
+
+def test_plans_are_right_and_warm_calls_ask_nobody_whatever_is_moved(monkeypatch):
+    store, _ = on_a_device(device_limit=0)
+    for _ in range(3):
+        for n in (RAGGED, WHOLE, RAGGED + 4, WHOLE + 4):
+            x = [torch.randn(1, 2, n, 4, requires_grad=True) for _ in range(3)]
+            plan = sparse_plan(n, store)
+            out, _ = plan(*x)
+            exact = [t.detach().double().requires_grad_() for t in x]
+            want = oracle(*exact, SPARSE)
+            torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=0)
+            grads = torch.autograd.grad(out.sum(), x)
+            for grad, right in zip(grads, torch.autograd.grad(want.sum(), exact), strict=True):
+                torch.testing.assert_close(grad.double(), right, atol=1e-4, rtol=0)
+            with monkeypatch.context() as patch:
+                patch.setattr(PatternCache, "device_copy", None)
+                plan(*x)
+    assert store.stats.promotions == 12 and store.stats.demotions == 10  # the last two were in use at the last move
+
+
+def test_a_store_of_somebody_elses_leaves_the_copies_to_the_plan():
+    store = Recording()
+    plan = sparse_plan(RAGGED, store)
+    x = torch.randn(1, 2, RAGGED, 4)
+    torch.testing.assert_close(plan(x, x, x)[0].double(), oracle(x, x, x, SPARSE), atol=1e-5, rtol=0)
+    assert len(store.kept) == 1
+
+
+def test_a_plan_whose_layout_was_pushed_out_has_copies_of_its_own():
+    store, _ = on_a_device()
+    plan = ls.plan(problem(16, SPARSE), backend="sdpa", pattern_cache=store)
+    store.clear()
+    x = torch.randn(1, 2, 16, 4)
+    torch.testing.assert_close(plan(x, x, x)[0].double(), oracle(x, x, x, SPARSE), atol=1e-5, rtol=0)
+    assert store.stats.device_bytes == 0
 
 
 # --- counts ---------------------------------------------------------------------------------------------------------
@@ -547,16 +684,16 @@ def test_tensors_survive_the_disk(tmp_path):
 
 
 def test_many_threads():
-    store, mover = tiered(device_limit=3000, limit=40_000)
+    store, offloader = on_a_device(device_limit=3000, limit=40_000)
     go = threading.Barrier(8)
     lock = threading.Lock()
-    run_until = mover.run_until
+    run_until = offloader.run_until
 
     def locked(number):  # a real stream orders this by itself
         with lock:
             run_until(number)
 
-    mover.run_until = locked
+    offloader.run_until = locked
 
     def work(seed):
         go.wait(30)

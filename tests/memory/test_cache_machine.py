@@ -1,16 +1,17 @@
-"""Any sequence of operations on a cache with two tiers: what it gives is right, and what it counts is what it holds."""
+"""Any sequence of operations on a cache of a device: what it gives is right, and what it counts is what it holds."""
 
 from __future__ import annotations
 
 import attrs
 import torch
-from fake_device import FakeMover
+from fake_device import FakeOffloader
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import longspan as ls
 from longspan.memory.cache import PatternCache
+from longspan.memory.cached_layout import DeviceCopy
 
 KEYS = st.sampled_from([f"key {n}" for n in range(8)])
 NUMBERS = st.integers(0, 200)
@@ -25,10 +26,12 @@ class Blocks:
 class CacheMachine(RuleBasedStateMachine):
     @initialize(limit=st.integers(0, 8000), device_limit=st.integers(0, 4000))
     def start(self, limit, device_limit):
-        self.mover = FakeMover()
-        self.cache = PatternCache(limit, device_limit, mover_of=lambda _: self.mover)
+        self.offloader = FakeOffloader()
+        self.cache = PatternCache(limit, device_limit, offloader_for=lambda _: self.offloader)
         self.values: dict[str, int] = {}
         self.pins: dict[str, int] = {}
+        self.layouts: dict[str, tuple[str, int]] = {}
+        self.held: list[tuple[DeviceCopy, str, int]] = []
         self.given: list[tuple[Blocks, int]] = []
         self.gets = 0
 
@@ -51,26 +54,44 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.put(key, layout)
         layout.rows.fill_(-1)  # it was copied
         self.values[key] = number
+        self.layouts.pop(key, None)
 
     @rule(key=KEYS, number=NUMBERS)
     def put_plain(self, key, number):
-        self.cache.put(key, ("plain", number))
+        self.layouts[key] = ("plain", number)
+        self.cache.put(key, self.layouts[key])
         self.values[key] = number
+
+    @rule(key=KEYS, name=st.sampled_from(["index", "masks"]), count=st.integers(0, 300))
+    def copy_to_the_device(self, key, name, count):
+        """A plan's, which keeps it; a value made of a layout that is there no more gets no place."""
+        layout = self.layouts.get(key)
+        number = 0 if layout is None else layout[1]
+        mine = (Blocks(torch.full((count,), number), number), {name: torch.full((3,), number)})
+        copy = self.cache.device_copy(key, layout, name, mine, torch.device("cpu"))
+        assert copy is None or (key in self.cache and self.values[key] == number)
+        if copy is not None:
+            copy.wait()
+            self.held.append((copy, name, number))
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def a_plan_ends(self, data):
+        self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
+        self.cache._make_room()  # as the next put or transfer does
 
     @rule(key=KEYS)
     def get(self, key):
         self.gets += 1
         self.right(key, self.cache.get(key))
 
-    @rule(keys=st.lists(KEYS, max_size=6))
-    def get_batch(self, keys):
-        self.gets += len(keys)
-        for key, found in zip(keys, self.cache.get_batch(keys), strict=True):
-            self.right(key, found)
-
-    @rule(keys=st.lists(KEYS, max_size=6))
-    def prefetch(self, keys):
+    @rule(keys=st.lists(KEYS, max_size=6), then_get=st.booleans())
+    def prefetch(self, keys, then_get):
+        before = len(self.offloader.batches)
         self.cache.prefetch(keys)
+        assert len(self.offloader.batches) <= before + 1
+        for key in keys if then_get else ():
+            self.get(key)
 
     @precondition(lambda self: self.given)
     @rule(data=st.data())
@@ -100,6 +121,7 @@ class CacheMachine(RuleBasedStateMachine):
     def clear(self):
         self.cache.clear()
         self.values.clear()
+        self.layouts.clear()
         self.pins.clear()
 
     @rule()
@@ -108,7 +130,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, 5))
     def time_goes_on(self, number):
-        self.mover.run_until(self.mover.done + number)
+        self.offloader.run_until(self.offloader.done + number)
 
     @invariant()
     def what_is_counted_is_what_is_held(self):
@@ -126,10 +148,12 @@ class CacheMachine(RuleBasedStateMachine):
         pinned = [entry for entry in self.cache._entries.values() if entry.pins]
         stats = self.cache.stats
         assert stats.host_bytes <= max(self.cache.limit, sum(entry.host_bytes for entry in pinned))
+        idle = [
+            0 if entry.pins else sum(x.data.numel() for x in entry.idle()) for entry in self.cache._entries.values()
+        ]
+        held = stats.device_bytes - sum(idle)  # pinned, or used by plans
         # one entry may be up beyond the limit: what was asked for last, or what alone is larger
-        loose = [entry.device_bytes for entry in self.cache._entries.values() if not entry.pins]
-        pinned_bytes = sum(entry.device_bytes for entry in pinned)
-        assert stats.device_bytes <= max(self.cache.device_limit, pinned_bytes) + sum(sorted(loose)[-6:])
+        assert stats.device_bytes <= max(self.cache.device_limit, held) + sum(sorted(idle)[-6:])
 
     @invariant()
     def pinned_entries_are_there(self):
@@ -138,6 +162,12 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def what_was_given_stays_what_it_was(self):
         assert all(bool((found.rows == number).all()) for found, number in self.given[-5:])
+
+    @invariant()
+    def what_plans_hold_stays_what_it_was(self):
+        for copy, name, number in self.held[-5:]:
+            blocks, others = copy.value
+            assert bool((blocks.rows == number).all()) and bool((others[name] == number).all())
 
     @invariant()
     def nothing_gone_is_held_on_to(self):

@@ -15,7 +15,7 @@ from longspan.execution.strided import Step
 from longspan.lowering.blocks import BlockLayout
 from longspan.lowering.groups import Columns
 from longspan.lowering.schedule import Chunk, Job
-from longspan.memory.workspace import Lender, Scratch, Workspace
+from longspan.memory.workspace import Scratch, Workspace
 from longspan.numerics import blockwise
 from longspan.numerics.dropout import Draw, Dropout
 from longspan.numerics.merge import merge_
@@ -217,7 +217,17 @@ def _shaped(tensor: Tensor, shape: torch.Size) -> Tensor:
 
 
 class BlockRunner(Runner):
-    """Runs a block-sparse layout with the kernels of dense problems."""
+    """Runs a block-sparse layout with the kernels of dense problems.
+
+    Args:
+        layout: of the pattern.
+        jobs: what it was scheduled to.
+        steps: the kernels, by `(q_len, kv_len)`.
+        scale: factor on the scores.
+        kernels: those that the backend made, for what they say of themselves.
+        memory: where temporaries come from, and who keeps the index of the blocks and their masks on devices.
+        name: of that index there.
+    """
 
     quick = None
 
@@ -228,18 +238,25 @@ class BlockRunner(Runner):
         steps: Mapping[tuple[int, int], Step],
         scale: float,
         kernels: Iterable[Kernel] = (),
-        lender: Lender | None = None,
+        *,
+        memory: Workspace,
+        name: str = "blocks",
     ) -> None:
-        self.layout, self._jobs, self._steps, self._scale = layout, tuple(jobs), steps, scale
-        self._memory = None if lender is None else Workspace((), lender)
-        self._on: dict[torch.device, tuple[tuple[Job, ...], dict[tuple[int, int], Tensor]]] = {}
+        self.layout, self._steps, self._scale = layout, steps, scale
+        self._memory, self._name = memory, name
+        masks = {
+            (number, which): csr.masks
+            for number, heads in enumerate(layout.blocks)
+            for which, csr in enumerate(heads.layouts)
+        }
+        self._index = tuple(jobs), masks
         self.operators = tuple(dict.fromkeys(name for kernel in kernels for name in kernel.operators))
         self.libraries = tuple(dict.fromkeys(kernel.library for kernel in kernels if kernel.library))
         self.own_backward = all(kernel.backward is not None for kernel in kernels)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:
         """`(out, lse)`."""
-        jobs, masks = self._there(query.device)
+        jobs, masks = self._memory.on_device(self._name, self._index, query.device)
         return run_block_forward(jobs, masks, self._steps, self._scale, draw, query, key, value, self._memory)
 
     def backward(
@@ -254,18 +271,6 @@ class BlockRunner(Runner):
         dlse: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`(dquery, dkey, dvalue)`."""
-        jobs, masks = self._there(query.device)
+        jobs, masks = self._memory.on_device(self._name, self._index, query.device)
         given = dout, query, key, value, out, lse, dlse
         return run_block_backward(jobs, masks, self._steps, self._scale, draw, *given, self._memory)
-
-    def _there(self, device: torch.device) -> tuple[tuple[Job, ...], dict[tuple[int, int], Tensor]]:
-        """The jobs with their index and their masks on a device, moved there once."""
-        if device not in self._on:
-            with torch.inference_mode(False):  # they outlive the mode that a call happens to be made in
-                masks = {
-                    (number, which): csr.masks.to(device)
-                    for number, found in enumerate(self.layout.blocks)
-                    for which, csr in enumerate(found.layouts)
-                }
-                self._on[device] = tuple(job.on(device) for job in self._jobs), masks
-        return self._on[device]

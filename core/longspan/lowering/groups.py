@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from attrs import evolve, frozen
+from attrs import frozen
 from torch import Tensor
 
 from longspan.lowering.segments import Span
@@ -55,11 +55,6 @@ class Columns:
             run = None if self.run is None else (self.run[0] + start, self.run[1])
             yield Columns(self.blocks[:, start:stop], tail, self.size, run, mask_ids)
 
-    def to(self, device: torch.device) -> Columns:
-        """The same with its index on a device."""
-        mask_ids = None if self.mask_ids is None else self.mask_ids.to(device)
-        return evolve(self, blocks=self.blocks.to(device), mask_ids=mask_ids)
-
 
 @frozen(eq=False, repr=False)
 class Group:
@@ -86,11 +81,6 @@ class Group:
         """Bytes of the index."""
         own = 0 if self.rows is None else self.rows.nbytes
         return own + sum(one.nbytes for one in self.columns)
-
-    def to(self, device: torch.device) -> Group:
-        """The same with its index on a device."""
-        rows = None if self.rows is None else self.rows.to(device)
-        return evolve(self, rows=rows, columns=tuple(one.to(device) for one in self.columns))
 
 
 def group_rows(span: Span, csr: BlockCSR, *, is_chosen: bool = False) -> tuple[Group, ...]:

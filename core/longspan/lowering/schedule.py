@@ -61,10 +61,6 @@ class Job:
         """Rows of the dense problems that are posed."""
         return self.group.height * (self.shared if self.folded else 1)
 
-    def on(self, device: torch.device) -> Job:
-        """The same with its index on a device."""
-        return evolve(self, group=self.group.to(device))
-
 
 def schedule(problem: Problem, layout: BlockLayout) -> tuple[Job, ...]:
     """The jobs that together compute the layout."""

@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,10 +16,16 @@ import torch
 
 from longspan.errors import ArgumentError, warn_caller
 from longspan.memory import cache_file
-from longspan.memory.cache_entry import CacheStats, Entry, LayoutKey, PatternStats, Queue, pattern_of
-from longspan.memory.flatten import Parcel
-from longspan.memory.offload import Mover, mover_of
-from longspan.memory.transfers import Transfers
+from longspan.memory.cached_layout import (
+    CachedLayout,
+    CacheStats,
+    DeviceCopy,
+    LayoutKey,
+    PatternStats,
+    Queue,
+    pattern_of,
+)
+from longspan.memory.offload import Offloader, load, offloader_for
 from longspan.spec.device import Device
 from longspan.spec.problem import Problem
 
@@ -48,11 +55,12 @@ class PatternCache:
     """The core's store of layouts, one for each device, or a module's own.
 
     A layout of numbers is shared as it is: it is frozen. One with tensors is kept as a copy and given out as a copy, so
-    that nobody can change another's. Tensors on a CUDA device stay there while they are hot; the least recently used go
-    to pinned host memory, and come back, without waiting, when they are asked for.
+    that nobody can change another's. With a layout is kept what plans copied of it to a device, such as the indices of
+    its blocks. What is on a CUDA device stays there while plans use it; of the rest the least recently used goes to
+    pinned host memory, and comes back, without waiting, as a plan asks for the layout.
 
-    Safe among threads: finding an entry takes no lock (its counts may then miss a hit or two), all else takes one. Safe
-    among forks. It pickles and copies as an empty cache of the same size.
+    Safe among threads: finding a frozen layout takes no lock (its counts may then miss a hit or two), all else takes
+    one. Safe among forks. It pickles and copies as an empty cache of the same size.
 
     `longspan.attention` keeps layouts in the shared ones, `longspan.pattern_cache(device)`. For one of your own, or for
     none (any object with `get` and `put` will do, and `get` may return None), make the plan yourself:
@@ -60,9 +68,9 @@ class PatternCache:
 
     Args:
         limit: bytes on the host; pinned entries stay, even where they alone take more.
-        device_limit: bytes on devices.
+        device_limit: bytes on devices; what is pinned and what plans use stays, even where it alone takes more.
         most: layouts; pinned ones stay, even where they are more.
-        mover_of: how bytes leave a device; for tests.
+        offloader_for: how bytes leave a device; for tests.
     """
 
     def __init__(
@@ -71,71 +79,89 @@ class PatternCache:
         device_limit: int = DEVICE_LIMIT,
         most: int = MOST,
         *,
-        mover_of: Callable[[torch.device], Mover | None] = mover_of,
+        offloader_for: Callable[[torch.device], Offloader | None] = offloader_for,
     ) -> None:
         self.limit, self.device_limit, self.most = limit, device_limit, most
-        self._transfers = Transfers(mover_of)
+        self._offloader = lru_cache(maxsize=None)(offloader_for)
         self._lock = threading.RLock()
         self._clock = itertools.count(1)
-        self._entries: dict[Hashable, Entry] = {}
+        self._entries: dict[Hashable, CachedLayout] = {}
         self._loaded: dict[Hashable, Any] = {}
-        self._queue, self._hot = Queue(), Queue()
+        self._queue, self._on_device = Queue(), Queue()
         self._host_bytes = self._device_bytes = 0
-        self._misses = self._evictions = 0
+        self._misses = self._evictions = self._demotions = self._promotions = self._transfers = 0
         self._patterns: OrderedDict[str, list[int]] = OrderedDict()  # hits of entries that are gone, misses
         _caches.add(self)
 
     # -- finding and keeping
 
     def get(self, key: Hashable) -> Any | None:
-        """The layout kept under this key, or None."""
-        entry = self._entries.get(key)
-        if entry is None:
+        """The layout kept under this key, or None. What plans had copied of it to a device begins to come back."""
+        cached = self._entries.get(key)
+        if cached is None:
             return self._missed(key)
-        entry.used = next(self._clock)
-        entry.hits += 1
-        return entry.value if entry.value is not None else self._unpacked(entry)
+        cached.used = next(self._clock)
+        cached.hits += 1
+        if cached.has_copies:
+            self._promote([cached])
+        return cached.value if cached.value is not None else self._unpacked(cached)
 
     def put(self, key: Hashable, layout: Any) -> None:
         """Keep a copy of a layout under a key; the least recently used ones go where there is no room."""
-        parcel = Parcel(layout)
+        cached = CachedLayout(key, layout, next(self._clock), self._offloader)
         with self._lock:
-            entry = Entry(key, parcel, next(self._clock), self._transfers.movable(list(parcel.flats)))
-            old = self._entries.get(key)
-            if old is not None:
-                entry.pins = old.pins
-                self._remove(old)
-            self._entries[key] = entry
-            self._count(entry, 1)
-            self._queue.add(entry)
-            if entry.device_flats:
-                self._hot.add(entry)
+            before = self._entries.get(key)
+            if before is not None:
+                cached.pins = before.pins
+                self._remove(before)
+            self._entries[key] = cached
+            self._count(cached, 1)
+            self._queue.add(cached)
+            if cached.device_bytes:
+                self._on_device.add(cached)
             self._make_room()
-            for queue in (self._queue, self._hot):
-                queue.forget(self._entries)
-
-    def get_batch(self, keys: Iterable[Hashable]) -> list[Any | None]:
-        """The layouts kept under these keys; those that have to come back to a device come by one transfer."""
-        keys = list(keys)
-        self._promote(self._present(keys))
-        return [self.get(key) for key in keys]
 
     def prefetch(self, keys: Iterable[Hashable]) -> int:
-        """Start moving to the device what will be asked for; how many are on their way. A later `get` comes after it.
+        """Start moving to the device what will be asked for, by one transfer; how many layouts are on their way.
+
+        Nobody waits: what uses them later comes after the transfer.
 
         Args:
             keys: keys, or problems, each of which stands for all of its keys.
         """
-        wanted = [one for key in keys for one in self._matching(key)]
-        return self._promote(self._present(wanted))
+        present = (self._entries.get(one) for key in keys for one in self._matching(key))
+        return self._promote([cached for cached in present if cached is not None])
 
-    def _present(self, keys: Iterable[Hashable]) -> list[Entry]:
-        """Their entries; each looked up once, as another thread may push one out between two looks."""
-        found = [self._entries.get(key) for key in keys]
-        return [entry for entry in found if entry is not None]
+    def device_copy(self, key: Hashable, layout: Any, name: str, value: Any, device: torch.device) -> DeviceCopy | None:
+        """A value that was made of a layout kept here, with its tensors on a device: moved there once for all plans.
+
+        It is counted as the layout's and goes with it, but stays on the device for as long as anybody holds it.
+
+        Args:
+            key: the layout's.
+            layout: what `get` gave for it, or `put` took. One with tensors of its own is nobody else's: it has none.
+            name: of the value, among those made of the layout.
+            value: its tensors are on the CPU; used where this name has none yet.
+            device: where the tensors are wanted.
+
+        Returns:
+            None where the layout is kept no longer, or bytes cannot leave the device: the copy is the caller's to make.
+        """
+        offloader = self._offloader(device)
+        if offloader is None:
+            return None
+        with self._lock:
+            cached = self._entries.get(key)
+            if cached is None or layout is None or cached.value is not layout:
+                return None
+            self._count(cached, -1)
+            cached.add_copy(name, device, value, offloader)
+            self._count(cached, 1)
+            self._promote([cached])
+            return cached.copy(name, device)
 
     def pin(self, key: Hashable) -> None:
-        """Keep an entry, where it is, until it is unpinned as often as it was pinned.
+        """Keep a layout, where it is, until it is unpinned as often as it was pinned.
 
         Args:
             key: a key, or a problem, which stands for all of its keys.
@@ -144,8 +170,8 @@ class PatternCache:
             ArgumentError: nothing is kept under it.
         """
         with self._lock:
-            for entry in self._known(key):
-                entry.pins += 1
+            for cached in self._known(key):
+                cached.pins += 1
 
     def unpin(self, key: Hashable) -> None:
         """Undo one `pin`.
@@ -154,18 +180,18 @@ class PatternCache:
             ArgumentError: nothing is kept under it, or it is not pinned.
         """
         with self._lock:
-            entries = self._known(key)
-            if not any(entry.pins for entry in entries):
+            known = self._known(key)
+            if not any(cached.pins for cached in known):
                 raise ArgumentError("key", repr(key), "one that is pinned", "pin it before")
-            for entry in entries:
-                entry.pins = max(0, entry.pins - 1)
+            for cached in known:
+                cached.pins = max(0, cached.pins - 1)
             self._make_room()
 
     def clear(self) -> None:
         """Forget everything but what was counted."""
         with self._lock:
-            for entry in list(self._entries.values()):
-                self._remove(entry)
+            for cached in list(self._entries.values()):
+                self._remove(cached)
             self._loaded.clear()
 
     # -- on disk
@@ -183,8 +209,8 @@ class PatternCache:
         """
         with self._lock:
             kept = [key for key in self._entries if isinstance(key, LayoutKey)]
-        found = [(key, self._peek(key)) for key in kept if key.origin]
-        written, foreign = cache_file.save(path, [(key, layout) for key, layout in found if layout is not None])
+        layouts = [(key, self._peek(key)) for key in kept if key.origin]
+        written, foreign = cache_file.save(path, [(key, layout) for key, layout in layouts if layout is not None])
         left_out = Counter(key.backend for key in (*foreign, *(key for key in kept if not key.origin)))
         if left_out:
             listed = ", ".join(f"{count} of {backend}" for backend, count in sorted(left_out.items()))
@@ -200,10 +226,10 @@ class PatternCache:
             ArgumentError: the file cannot be read, is damaged, is none of ours, or others may write to it.
             LongspanError: safetensors is not installed.
         """
-        found = cache_file.load(path)
+        layouts = cache_file.load(path)
         with self._lock:
-            self._loaded.update({key._replace(generation=0): layout for key, layout in found})
-        return len(found)
+            self._loaded.update({key._replace(generation=0): layout for key, layout in layouts})
+        return len(layouts)
 
     # -- reading
 
@@ -212,22 +238,21 @@ class PatternCache:
         """What it holds and did, at a moment."""
         with self._lock:
             totals = {spec: [*counts, 0] for spec, counts in self._patterns.items()}
-            for entry in self._entries.values():
-                row = totals.setdefault(pattern_of(entry.key), [0, 0, 0])
-                row[0] += entry.hits
-                row[2] += entry.host_bytes + entry.device_bytes
+            for cached in self._entries.values():
+                row = totals.setdefault(pattern_of(cached.key), [0, 0, 0])
+                row[0] += cached.hits
+                row[2] += cached.host_bytes + cached.device_bytes
             return CacheStats(
                 hits=sum(row[0] for row in totals.values()),
                 misses=self._misses,
                 evictions=self._evictions,
                 entries=len(self._entries),
-                pinned=sum(entry.pins > 0 for entry in self._entries.values()),
+                pinned=sum(cached.pins > 0 for cached in self._entries.values()),
                 host_bytes=self._host_bytes,
                 device_bytes=self._device_bytes,
-                demotions=self._transfers.demotions,
-                promotions=self._transfers.promotions,
-                transfers=self._transfers.count,
-                transfer_seconds=self._transfers.seconds,
+                demotions=self._demotions,
+                promotions=self._promotions,
+                transfers=self._transfers,
                 patterns={spec: PatternStats(*row) for spec, row in totals.items()},
             )
 
@@ -256,93 +281,96 @@ class PatternCache:
         return None
 
     def _peek(self, key: Hashable) -> Any | None:
-        entry = self._entries.get(key)
-        if entry is None:
+        cached = self._entries.get(key)
+        if cached is None:
             return None
-        return entry.value if entry.value is not None else self._unpacked(entry)
+        return cached.value if cached.value is not None else self._unpacked(cached)
 
-    def _unpacked(self, entry: Entry) -> Any:
+    def _unpacked(self, cached: CachedLayout) -> Any:
         """A copy, on the current stream."""
-        if not entry.moves:
-            return entry.parcel.value()
         with self._lock:
-            self._promote([entry])
-            device_flats, mark = dict(entry.device_flats), entry.mark
-            if mark is not None:
-                mark.wait()
-            for at, flat in device_flats.items():
-                self._transfers.use(at, flat)
-        return entry.parcel.value({**entry.parcel.flats, **device_flats})
+            self._promote([cached])
+            data = cached.ready()
+        return cached.unpack(data)
 
-    def _promote(self, entries: Iterable[Entry]) -> int:
-        """Move those that are cold to their devices; how many. They stay there, since somebody waits for them."""
+    def _promote(self, layouts: Iterable[CachedLayout]) -> int:
+        """Move what is offloaded of them to its devices; of how many. It stays there, since somebody waits for it."""
         with self._lock:
-            cold = list(dict.fromkeys(entry for entry in entries if entry.is_cold))
-            if not cold:
+            away = [cached for cached in dict.fromkeys(layouts) if cached.offloaded()]
+            if not away:
                 return 0
-            kept = [entry for entry in cold if self._entries.get(entry.key) is entry]
-            for entry in kept:
-                self._count(entry, -1)
-            self._transfers.up(cold)
-            for entry in kept:
-                self._count(entry, 1)
-                entry.used = next(self._clock)
-                entry.pins += 1
-                self._hot.add(entry)
+            kept = [cached for cached in away if self._entries.get(cached.key) is cached]
+            for cached in kept:
+                self._count(cached, -1)
+            self._transfers += load([buffer for cached in away for buffer in cached.offloaded()])
+            self._promotions += len(away)
+            for cached in kept:
+                self._count(cached, 1)
+                cached.used = next(self._clock)
+                cached.pins += 1
+                self._on_device.add(cached)
             self._make_room()
-            for entry in kept:
-                entry.pins -= 1
-        return len(cold)
+            for cached in kept:
+                cached.pins -= 1
+            return len(away)
 
     def _make_room(self) -> None:
         """First down to the host, then out."""
-        while self._device_bytes > self.device_limit and (entry := self._hot.take(self._entries, hot=True)):
-            self._count(entry, -1)
-            self._transfers.down(entry)
-            self._count(entry, 1)
-        while self._is_full() and (entry := self._queue.take(self._entries, hot=False)):
-            self._remove(entry)
+        while self._device_bytes > self.device_limit and (cached := self._on_device.take(self._entries, idle=True)):
+            self._count(cached, -1)
+            for buffer in cached.idle():
+                buffer.offload()
+                self._transfers += 1
+            self._demotions += 1
+            self._count(cached, 1)
+            if cached.device_bytes:  # plans use the rest
+                self._on_device.add(cached)
+        while self._is_full() and (cached := self._queue.take(self._entries, idle=False)):
+            self._remove(cached)
             self._evictions += 1
+        for queue in (self._queue, self._on_device):
+            queue.forget(self._entries)
 
     def _is_full(self) -> bool:
         return self._host_bytes > self.limit or len(self._entries) > self.most
 
-    def _remove(self, entry: Entry) -> None:
-        del self._entries[entry.key]
-        self._count(entry, -1)
-        self._counts(entry.key)[0] += entry.hits
+    def _remove(self, cached: CachedLayout) -> None:
+        del self._entries[cached.key]
+        self._count(cached, -1)
+        self._counts(cached.key)[0] += cached.hits
 
-    def _count(self, entry: Entry, sign: int) -> None:
-        self._host_bytes += sign * entry.host_bytes
-        self._device_bytes += sign * entry.device_bytes
+    def _count(self, cached: CachedLayout, sign: int) -> None:
+        self._host_bytes += sign * cached.host_bytes
+        self._device_bytes += sign * cached.device_bytes
 
     def _counts(self, key: Hashable) -> list[int]:
-        found = self._patterns.setdefault(pattern_of(key), [0, 0])
+        """The hits of layouts that are gone, and the misses, of a key's pattern."""
+        counts = self._patterns.setdefault(pattern_of(key), [0, 0])
         while len(self._patterns) > PATTERNS:
             self._patterns.popitem(last=False)
-        return found
+        return counts
 
     def _matching(self, key: Hashable) -> list[Hashable]:
         if key in self._entries or not isinstance(key, Problem):
             return [key]
         return [one for one in self.keys() if isinstance(one, LayoutKey) and one.problem == key]
 
-    def _known(self, key: Hashable) -> list[Entry]:
-        entries = [self._entries[one] for one in self._matching(key) if one in self._entries]
-        if not entries:
+    def _known(self, key: Hashable) -> list[CachedLayout]:
+        known = [self._entries[one] for one in self._matching(key) if one in self._entries]
+        if not known:
             raise ArgumentError("key", repr(key), "one that is kept here", "plan the problem first, then pin it")
-        return entries
+        return known
 
     def forked(self) -> None:
         """In a child: the lock may be another thread's, and what that thread was counting is not finished."""
         self._lock = threading.RLock()
-        self._queue, self._hot = Queue(), Queue()
+        self._queue, self._on_device = Queue(), Queue()
         self._host_bytes = self._device_bytes = 0
-        for entry in self._entries.values():
-            self._count(entry, 1)
-            self._queue.add(entry)
-            if entry.device_flats:
-                self._hot.add(entry)
+        for cached in self._entries.values():
+            self._count(cached, 1)
+            self._queue.add(cached)
+            if cached.device_bytes:
+                self._on_device.add(cached)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.limit, self.device_limit, self.most)

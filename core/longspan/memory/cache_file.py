@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from longspan.errors import ArgumentError, LongspanError, warn_caller
-from longspan.memory.cache_entry import LayoutKey
+from longspan.memory.cached_layout import LayoutKey
 from longspan.memory.folders import NotOwn, read_own, why_unread, write_whole
 from longspan.patterns.blocks.sparse import BlockSparse
 from longspan.patterns.text import parse_pattern

@@ -1,70 +1,68 @@
-"""A layout taken apart: its tensors packed into one flat buffer a device, and how to put it together again.
+"""Values flattened into a tree and their tensors, and unflattened on other tensors.
 
-Who puts a layout together gets tensors of their own, so that nobody can change what somebody else was given; and one
-buffer is one transfer. Walked are attrs objects, tuples, lists and dicts; other objects are shared as they are, and so
-are those whose class says `is_frozen`, such as a `BlockCSR`: nobody may change them.
+Whoever gets an unflattened value has tensors of their own, so that nobody can change what somebody else was given; and
+tensors that are packed into one buffer are one transfer. Walked are attrs objects, tuples, lists and dicts; other
+objects are shared as they are, and so are those whose class says `is_frozen`, such as a `BlockCSR`: nobody may change
+them. `torch.utils._pytree` would not do: it neither tells what may be shared nor keeps one object in two places one.
 """
 
 from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from math import prod
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
-__all__ = ["ALIGNMENT", "Parcel", "weigh"]
+__all__ = ["ALIGNMENT", "Packing", "nbytes_of", "pack", "to_device"]
 
 ALIGNMENT = 64
 """Bytes that each tensor's offset in its buffer is a multiple of."""
 SAMPLE = 64
-"""Items of a long sequence that are weighed; the others are taken to be alike."""
+"""Items of a long sequence whose bytes are counted; the others are taken to be alike."""
 
 
-class Parcel:
-    """A value, its tensors packed.
+@attrs.frozen(eq=False)
+class Packing:
+    """A value without its tensors, and where those are in buffers of bytes, one for each device that they are on."""
 
-    `flats` holds a buffer of bytes for each device that the value has tensors on. `is_plain`: no tensor and nothing
-    that could be changed is in the value, so that everybody may have the same object.
-    """
-
-    def __init__(self, value: Any) -> None:
-        self.weight = weigh(value)
-        self._places: list[_Place] = []
-        self.flats: dict[torch.device, Tensor] = {}
-        self._node: Any = value
-        tensors: list[Tensor] = []
-        self._node = _apart(value, tensors, {})
-        sizes: dict[torch.device, int] = {}
-        for tensor in tensors:
-            start = sizes.get(tensor.device, 0)
-            self._places.append(_Place(tensor.device, start, tuple(tensor.shape), tensor.dtype))
-            sizes[tensor.device] = start + -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        with torch.inference_mode(False), torch.no_grad():
-            for device, size in sizes.items():
-                self.flats[device] = torch.empty(size, dtype=torch.uint8, device=device)
-            for place, tensor in zip(self._places, tensors, strict=True):
-                place.of(self.flats).copy_(tensor)
+    tree: Any
+    slots: tuple[_Slot, ...]
 
     @property
-    def is_plain(self) -> bool:
-        """Whether everybody may have the same object."""
-        return not isinstance(self._node, _Node)
+    def is_shared(self) -> bool:
+        """Whether everybody may have the same object: it has no tensor, and nothing that could be changed."""
+        return not isinstance(self.tree, _Node)
 
-    def value(self, flats: Mapping[torch.device, Tensor] | None = None) -> Any:
-        """The value, with tensors on copies of these buffers (its own unless given)."""
-        if self.is_plain:
-            return self._node
+    def unpack(self, buffers: Mapping[torch.device, Tensor]) -> Any:
+        """The value, its tensors being views of these buffers, which may have moved to other devices."""
         with torch.inference_mode(False), torch.no_grad():
-            mine = {device: flat.clone() for device, flat in (self.flats if flats is None else flats).items()}
-            return _together(self._node, [place.of(mine) for place in self._places], {})
+            return unflatten(self.tree, [slot.view(buffers) for slot in self.slots])
+
+
+def pack(value: Any) -> tuple[Packing, dict[torch.device, Tensor]]:
+    """How a value is packed, and copies of its tensors, in one buffer for each device."""
+    tree, tensors = flatten(value)
+    slots: list[_Slot] = []
+    sizes: dict[torch.device, int] = {}
+    for tensor in tensors:
+        start = sizes.get(tensor.device, 0)
+        slots.append(_Slot(tensor.device, start, tuple(tensor.shape), tensor.dtype))
+        sizes[tensor.device] = start + -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    with torch.inference_mode(False), torch.no_grad():
+        buffers = {at: torch.empty(size, dtype=torch.uint8, device=at) for at, size in sizes.items()}
+        for slot, tensor in zip(slots, tensors, strict=True):
+            slot.view(buffers).copy_(tensor)
+    return Packing(tree, tuple(slots)), buffers
 
 
 @attrs.frozen
-class _Place:
+class _Slot:
     """Where a tensor is in the buffer of its device."""
 
     device: torch.device
@@ -72,128 +70,112 @@ class _Place:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
-    def of(self, flats: Mapping[torch.device, Tensor]) -> Tensor:
-        size = self.dtype.itemsize
-        for one in self.shape:
-            size *= one
-        return flats[self.device][self.start : self.start + size].view(self.dtype).view(self.shape)
+    def view(self, buffers: Mapping[torch.device, Tensor]) -> Tensor:
+        stop = self.start + prod(self.shape) * self.dtype.itemsize
+        return buffers[self.device][self.start : stop].view(self.dtype).view(self.shape)
 
 
-# ------------------------------------------------------------------------------------------- apart and together again
+def to_device(value: Any, device: torch.device) -> Any:
+    """A value with its tensors, which are on the CPU, on a device."""
+    if device.type == "cpu":
+        return value
+    tree, tensors = flatten(value)
+    with torch.inference_mode(False):  # it outlives the mode that a call happens to be made in
+        return unflatten(tree, [tensor.to(device) for tensor in tensors])
 
 
+# ---------------------------------------------------------------------------------------------- flatten and unflatten
+
+
+@attrs.frozen(eq=False)
 class _Node:
-    """Stands for what everybody gets a copy of."""
+    """Stands in a tree for what is made anew: `make(part, tensors)`, where `part` unflattens what is below."""
+
+    make: Callable[[Callable[[Any], Any], Sequence[Tensor]], Any]
 
 
-@attrs.define(eq=False)
-class _Packed(_Node):
-    index: int
+def flatten(value: Any) -> tuple[Any, list[Tensor]]:
+    """A tree, which is the value itself where everybody may have the same object, and the tensors that it lacks."""
+    tensors: list[Tensor] = []
+    return _flatten(value, tensors, {}), tensors
 
 
-@attrs.define(eq=False)
-class _Cloned(_Node):
-    """A tensor that is no plain strided one: sparse, say. It is not packed and not moved."""
-
-    tensor: Tensor
+def unflatten(tree: Any, tensors: Sequence[Tensor]) -> Any:
+    """The value on these tensors; an object that it holds in two places is one object in the result too."""
+    return _unflatten(tree, tensors, {})
 
 
-@attrs.define(eq=False)
-class _Items(_Node):
-    kind: Any
-    items: list[Any]
-
-
-@attrs.define(eq=False)
-class _Pairs(_Node):
-    items: dict[Any, Any]
-
-
-@attrs.define(eq=False)
-class _Record(_Node):
-    """An attrs object: a copy of it, and the fields that are put into each further copy."""
-
-    template: Any
-    fields: dict[str, Any]
-
-
-def _apart(value: Any, tensors: list[Tensor], seen: dict[int, Any]) -> Any:
-    """The value itself where it may be shared, else a node."""
+def _flatten(value: Any, tensors: list[Tensor], seen: dict[int, Any]) -> Any:
     if isinstance(value, int | float | str | bytes | None) or getattr(type(value), "is_frozen", False) is True:
         return value
     if id(value) in seen:
         return seen[id(value)][0]
-    node: Any = value
+    tree: Any = value
     if isinstance(value, Tensor):
         if type(value) is Tensor and value.layout is torch.strided and not value.is_quantized:
-            node = _Packed(len(tensors))
+            index = len(tensors)
             tensors.append(value.detach())
-        else:
-            node = _Cloned(value.detach().clone())
+            tree = _Node(lambda part, given: given[index])
+        else:  # sparse, say: it is not packed and not moved
+            kept = value.detach().clone()
+            tree = _Node(lambda part, given: kept.clone())
     elif isinstance(value, list | tuple):
-        items = [_apart(one, tensors, seen) for one in value]
-        if isinstance(value, list) or any(isinstance(one, _Node) for one in items):
-            node = _Items(type(value), items)
+        kind, items = type(value), [_flatten(item, tensors, seen) for item in value]
+        is_named = hasattr(kind, "_fields")
+        if isinstance(value, list) or any(isinstance(item, _Node) for item in items):
+            tree = _Node(lambda part, given: kind(*map(part, items)) if is_named else kind(map(part, items)))
     elif type(value) is dict:
-        node = _Pairs({key: _apart(one, tensors, seen) for key, one in value.items()})
+        pairs = {key: _flatten(item, tensors, seen) for key, item in value.items()}
+        tree = _Node(lambda part, given: {key: part(item) for key, item in pairs.items()})
     elif attrs.has(type(value)):
-        fields = {one.name: _apart(getattr(value, one.name), tensors, seen) for one in attrs.fields(type(value))}
-        fields = {name: one for name, one in fields.items() if isinstance(one, _Node)}
+        names = [field.name for field in attrs.fields(type(value))]
+        fields = {name: _flatten(getattr(value, name), tensors, seen) for name in names}
+        fields = {name: field for name, field in fields.items() if isinstance(field, _Node)}
         if fields:
-            node = _Record(_template(value, fields), fields)
-    seen[id(value)] = node, value  # the value stays alive, so that no other object gets its id meanwhile
-    return node
+            template = _template(value, names, fields)
+            tree = _Node(lambda part, given: _filled(template, {name: part(field) for name, field in fields.items()}))
+    seen[id(value)] = tree, value  # the value stays alive, so that no other object gets its id meanwhile
+    return tree
 
 
-def _template(value: Any, fields: Mapping[str, Any]) -> Any:
+def _unflatten(tree: Any, tensors: Sequence[Tensor], made: dict[int, Any]) -> Any:
+    if not isinstance(tree, _Node):
+        return tree
+    if id(tree) not in made:
+        made[id(tree)] = tree.make(partial(_unflatten, tensors=tensors, made=made), tensors)
+    return made[id(tree)]
+
+
+def _template(value: Any, names: Sequence[str], fields: Mapping[str, Any]) -> Any:
     """A copy without the fields that are put in later, and without what it computed of them and keeps."""
-    template = copy.copy(value)
-    for name in fields:
-        object.__setattr__(template, name, None)
-    names = {one.name for one in attrs.fields(type(value))}
+    template = _filled(value, dict.fromkeys(fields))
     for name, kept in list(getattr(template, "__dict__", {}).items()):
         if name not in names and not isinstance(kept, int | float | str | None):
             del template.__dict__[name]
     return template
 
 
-def _together(node: Any, tensors: Sequence[Tensor], made: dict[int, Any]) -> Any:
-    if not isinstance(node, _Node):
-        return node
-    if id(node) in made:
-        return made[id(node)]
-    value: Any
-    if isinstance(node, _Packed):
-        value = tensors[node.index]
-    elif isinstance(node, _Cloned):
-        value = node.tensor.clone()
-    elif isinstance(node, _Items):
-        items = [_together(one, tensors, made) for one in node.items]
-        value = node.kind(*items) if hasattr(node.kind, "_fields") else node.kind(items)
-    elif isinstance(node, _Pairs):
-        value = {key: _together(one, tensors, made) for key, one in node.items.items()}
-    else:
-        assert isinstance(node, _Record)
-        value = copy.copy(node.template)
-        for name, one in node.fields.items():
-            object.__setattr__(value, name, _together(one, tensors, made))
-    made[id(node)] = value
-    return value
+def _filled(template: Any, fields: Mapping[str, Any]) -> Any:
+    """A copy of an attrs object, frozen perhaps, with these fields."""
+    filled = copy.copy(template)
+    for name, field in fields.items():
+        object.__setattr__(filled, name, field)
+    return filled
 
 
 # --------------------------------------------------------------------------------------------------------- how large
 
 
-def weigh(value: Any) -> int:
+def nbytes_of(value: Any) -> int:
     """Bytes that a value takes: what its `nbytes` says, else about what Python and its tensors say."""
     size = getattr(value, "nbytes", None)
     if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
         return size + 100
     if isinstance(value, list | tuple):
-        some = sum(weigh(one) for one in value[:SAMPLE])
+        some = sum(nbytes_of(item) for item in value[:SAMPLE])
         return sys.getsizeof(value) + some * max(1, len(value)) // max(1, min(SAMPLE, len(value)))
     if type(value) is dict:
-        return sys.getsizeof(value) + sum(weigh(one) for one in value.values())
+        return sys.getsizeof(value) + sum(nbytes_of(item) for item in value.values())
     if attrs.has(type(value)):
-        return 100 + sum(weigh(getattr(value, one.name)) for one in attrs.fields(type(value)))
+        return 100 + sum(nbytes_of(getattr(value, field.name)) for field in attrs.fields(type(value)))
     return sys.getsizeof(value, 100)

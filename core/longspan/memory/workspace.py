@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from longspan.errors import PluginError
+from longspan.memory.cached_layout import DeviceCopy
+from longspan.memory.flatten import to_device
 from longspan.numerics.tensors import unit_stride
 from longspan.spec.backend import BufferSpec
 
-__all__ = ["Allocator", "GuardedAllocator", "Lender", "Pair", "Scratch", "TorchAllocator", "Workspace"]
+__all__ = ["Allocator", "GuardedAllocator", "KeepsCopies", "Lender", "Pair", "Scratch", "TorchAllocator", "Workspace"]
 
 
 class Allocator(Protocol):
@@ -57,16 +59,26 @@ class TorchAllocator:
         """Nothing to do: nothing is kept."""
 
 
+KeepsCopies = Callable[[str, Any, torch.device], DeviceCopy | None]
+"""Who keeps copies of a plan's values on devices, by name: a cache's `device_copy` for its layout."""
+
+
 class Workspace:
     """The buffers that a kernel declared: it takes them while it runs, and gives them back by dropping them.
 
     What is in use is nobody else's: neither another thread's nor a later call's, and a buffer that a kernel returns or
     saves for its backward stays what it is. Reuse begins with the last reference's end.
+
+    Args:
+        specs: the buffers.
+        allocator: who provides them.
+        copies: who shares copies on devices with other plans; unless given, or where it declines, they are kept here.
     """
 
-    def __init__(self, specs: Iterable[BufferSpec], allocator: Lender) -> None:
+    def __init__(self, specs: Iterable[BufferSpec], allocator: Lender, copies: KeepsCopies | None = None) -> None:
         self._specs = {spec.name: spec for spec in specs}
-        self._allocator = allocator
+        self._allocator, self._copies = allocator, copies
+        self._on_device: dict[tuple[str, torch.device], DeviceCopy] = {}
 
     def take(self, name: str, device: torch.device) -> Tensor:
         """An uninitialised buffer for the duration of one call.
@@ -117,6 +129,25 @@ class Workspace:
         spec = BufferSpec(name, tuple(shape), str(dtype).removeprefix("torch."))
         with self._allocator.lease(spec, device, always=always) as tensor:
             yield tensor
+
+    def on_device(self, name: str, value: Any, device: torch.device) -> Any:
+        """A value with its tensors on a device, moved there once: what a kernel made of its layout, and only reads.
+
+        It stays there for as long as this workspace. The core's cache counts it as the layout's, gives it to every plan
+        of the same problem, and moves it to the host when the last of them is gone and the device runs short of room.
+
+        Args:
+            name: of the value, in this workspace.
+            value: attrs objects, tuples, lists and dicts of tensors on the CPU; the same at every call.
+            device: that of a call's tensors.
+        """
+        copy = self._on_device.get((name, device))
+        if copy is None:
+            copy = None if self._copies is None else self._copies(name, value, device)
+            copy = self._on_device[name, device] = copy or DeviceCopy(to_device(value, device))
+        if copy.arriving:
+            copy.wait()
+        return copy.value
 
     def wants(self, size: int) -> bool:
         """Whether so many bytes are worth asking the allocator for."""

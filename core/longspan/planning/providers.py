@@ -9,9 +9,9 @@ import torch
 
 from longspan.execution.contract import in_hook
 from longspan.memory.arena import BufferArena, buffer_arena
-from longspan.memory.cache import LayoutStore, pattern_cache
-from longspan.memory.cache_entry import LayoutKey
-from longspan.memory.workspace import GuardedAllocator, Lender, TorchAllocator
+from longspan.memory.cache import LayoutStore, PatternCache, pattern_cache
+from longspan.memory.cached_layout import LayoutKey
+from longspan.memory.workspace import GuardedAllocator, KeepsCopies, Lender, TorchAllocator
 from longspan.registry.discovery import DEFAULTS, registry
 from longspan.registry.profile import current_profile
 from longspan.spec.device import Device
@@ -20,8 +20,8 @@ from longspan.spec.problem import Problem
 __all__ = ["layout_of", "lender_for"]
 
 
-def layout_of(problem: Problem, backend: str, own: LayoutStore | None = None) -> Any:
-    """The backend's layout of a problem: found, or made and kept.
+def layout_of(problem: Problem, backend: str, own: LayoutStore | None = None) -> tuple[Any, KeepsCopies | None]:
+    """The backend's layout of a problem, found, or made and kept; and who keeps copies of it on devices, if anybody.
 
     Args:
         problem: what is to be computed.
@@ -38,15 +38,15 @@ def layout_of(problem: Problem, backend: str, own: LayoutStore | None = None) ->
     except Exception as error:  # noqa: BLE001 - whatever a plugin raises, the plan is made
         _note("longspan_cache", backend, error)
         return _found_or_made(pattern_cache(problem.device), key)
-    if layout is not None:
-        return layout
-    layout = _made(problem, backend)
-    try:
-        store.put(key, layout)
-    except Exception as error:  # noqa: BLE001 - the same
-        _note("longspan_cache", backend, error)
-        pattern_cache(problem.device).put(key, layout)
-    return layout
+    if layout is None:
+        layout = _made(problem, backend)
+        try:
+            store.put(key, layout)
+        except Exception as error:  # noqa: BLE001 - the same
+            _note("longspan_cache", backend, error)
+            store = pattern_cache(problem.device)
+            store.put(key, layout)
+    return layout, _copies(store, key, layout)
 
 
 def lender_for(problem: Problem, backend: str) -> Lender:
@@ -80,12 +80,16 @@ def _note(hook: str, backend: str, error: Exception) -> None:
     registry.note_fault(registry.provider(backend, hook), hook, error)
 
 
-def _found_or_made(store: LayoutStore, key: LayoutKey) -> Any:
+def _found_or_made(store: LayoutStore, key: LayoutKey) -> tuple[Any, KeepsCopies | None]:
     layout = store.get(key)
     if layout is None:
         layout = _made(key.problem, key.backend)
         store.put(key, layout)
-    return layout
+    return layout, _copies(store, key, layout)
+
+
+def _copies(store: LayoutStore, key: LayoutKey, layout: Any) -> KeepsCopies | None:
+    return partial(store.device_copy, key, layout) if isinstance(store, PatternCache) else None
 
 
 def _made(problem: Problem, backend: str) -> Any:

@@ -23,7 +23,7 @@ from longspan.lowering.layout import Layout
 from longspan.lowering.masked import MaskedLayout
 from longspan.lowering.schedule import dense_parts, schedule
 from longspan.memory.cache import LayoutStore
-from longspan.memory.workspace import Lender, Workspace
+from longspan.memory.workspace import KeepsCopies, Lender, Workspace
 from longspan.numerics.dropout import Draw
 from longspan.numerics.tensors import unit_stride
 from longspan.patterns.blocks.sparse import BlockSparse
@@ -59,12 +59,13 @@ def make_runner(
         can = evolve(can, mask=False)
     if can.runs("dense") and (dense := as_dense(problem, may_be_causal=can.causal)) is not None:
         return make_runner(dense, backend, pattern_cache)
-    layout = layout_of(problem, backend, pattern_cache)
+    layout, copies = layout_of(problem, backend, pattern_cache)
     if isinstance(problem.pattern, BlockSparse) and isinstance(layout, Layout):
         layout = lay_blocks(problem)  # dense attention is beyond this backend
     lender = lender_for(problem, backend)
-    if is_native(problem, can) and (whole := _offered(problem, layout, backend, lender)):
-        return DirectRunner(problem, layout, whole, backend, lender)
+    memory = Workspace((), lender, copies)
+    if is_native(problem, can) and (whole := _offered(problem, layout, backend, lender, copies)):
+        return DirectRunner(problem, layout, whole, backend, memory)
     if not isinstance(layout, Layout | BlockLayout):
         if not can.runs(problem.pattern.kind):
             raise PluginError(
@@ -87,10 +88,9 @@ def make_runner(
             key: Step(kernel_for(dense), backend, gqa=can.gqa, is_causal=False, scale=dense.scale)
             for key, dense in dense_parts(problem, jobs).items()
         }
-        return BlockRunner(layout, jobs, parts, problem.scale, kernels, lender)
+        return BlockRunner(layout, jobs, parts, problem.scale, kernels, memory=memory)
     made: dict[Problem, Kernel] = {}
     steps: list[Step] = []
-    memory = Workspace((), lender)
     for number, call in enumerate(layout.calls):
         dense = dense_problem(problem, call, can.gqa)
         kernel = made[dense] = made.get(dense) or kernel_for(dense)
@@ -99,7 +99,7 @@ def make_runner(
             steps.append(MaskedStep(kernel, backend, gqa=can.gqa, scale=dense.scale, slab=slab, memory=memory))
         else:
             steps.append(Step(kernel, backend, gqa=can.gqa, is_causal=dense.is_causal, scale=dense.scale))
-    return LoweredRunner(layout, steps, kernels, lender)
+    return LoweredRunner(layout, steps, kernels, memory)
 
 
 class LoweredRunner(Runner):
@@ -108,10 +108,9 @@ class LoweredRunner(Runner):
     quick = None
 
     def __init__(
-        self, layout: Layout, steps: Sequence[Step], kernels: Iterable[Kernel] = (), lender: Lender | None = None
+        self, layout: Layout, steps: Sequence[Step], kernels: Iterable[Kernel] = (), memory: Workspace | None = None
     ) -> None:
-        self.layout, self._steps = layout, steps
-        self._memory = None if lender is None else Workspace((), lender)
+        self.layout, self._steps, self._memory = layout, steps, memory
         self.operators = tuple(dict.fromkeys(name for kernel in kernels for name in kernel.operators))
         self.libraries = tuple(dict.fromkeys(kernel.library for kernel in kernels if kernel.library))
         self.own_backward = all(kernel.backward is not None for kernel in kernels)
@@ -138,9 +137,9 @@ class LoweredRunner(Runner):
 class DirectRunner(Runner):
     """Runs one kernel that takes the problem as it is."""
 
-    def __init__(self, problem: Problem, layout: Any, kernel: Kernel, backend: str, lender: Lender) -> None:
+    def __init__(self, problem: Problem, layout: Any, kernel: Kernel, backend: str, memory: Workspace) -> None:
         self.layout, self._problem, self._backend, self._checked = layout, problem, backend, False
-        self._lender = lender
+        self._memory = memory
         self._backward_checked = False
         self.quick: Forward | None = None
         self._kernel_forward, self._kernel_backward = kernel.forward, kernel.backward
@@ -185,18 +184,18 @@ class DirectRunner(Runner):
                 self._backward_checked = True
             return result
         if self._lowered is None:  # the core's backward: for kernels without one, and for a gradient of the lse
-            self._lowered = _by_the_core(self._problem, self._lender)
+            self._lowered = _by_the_core(self._problem, self._memory)
         return self._lowered.backward(dout, query, key, value, out, lse, draw, dlse)
 
 
-def _by_the_core(problem: Problem, lender: Lender) -> LoweredRunner | BlockRunner:
+def _by_the_core(problem: Problem, memory: Workspace) -> LoweredRunner | BlockRunner:
     """A runner with the core's own backward."""
     layout = lower(problem)
     if isinstance(layout, BlockLayout):
         jobs = schedule(problem, layout)
         parts = {key: _blockwise(False, problem.scale) for key in dense_parts(problem, jobs)}
-        return BlockRunner(layout, jobs, parts, problem.scale, lender=lender)
-    return LoweredRunner(layout, [_blockwise(call.is_causal, problem.scale) for call in layout.calls], lender=lender)
+        return BlockRunner(layout, jobs, parts, problem.scale, memory=memory, name="blocks of the core's backward")
+    return LoweredRunner(layout, [_blockwise(call.is_causal, problem.scale) for call in layout.calls], memory=memory)
 
 
 def _blockwise(is_causal: bool, scale: float) -> Step:
@@ -216,12 +215,14 @@ def _kernel(problem: Problem, layout: Any, backend: str, lender: Lender) -> Kern
     return kernel
 
 
-def _offered(problem: Problem, layout: Any, backend: str, lender: Lender) -> Kernel | None:
+def _offered(
+    problem: Problem, layout: Any, backend: str, lender: Lender, copies: KeepsCopies | None = None
+) -> Kernel | None:
     """The backend's kernel; None where it would rather have the pattern lowered."""
     with in_hook(backend, "longspan_buffers"):
         wanted = registry.lane(backend, "longspan_buffers")(problem=problem, layout=layout)
     specs = _specs(wanted, backend)
-    workspace = Workspace(specs, lender)
+    workspace = Workspace(specs, lender, copies)
     with in_hook(backend, "longspan_kernel"):
         kernel = registry.lane(backend, "longspan_kernel")(problem=problem, layout=layout, buffers=workspace)
     if kernel is None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.plugin import BlockLayout, Capabilities, Kernel, Problem, Reason, hookimpl, nonfinite
+from longspan.plugin import BlockLayout, Capabilities, Kernel, Problem, Reason, Workspace, hookimpl, nonfinite
 
 SCORES = 2**28
 """Query-key pairs that one launch may hold."""
@@ -46,12 +46,12 @@ def longspan_unsupported(problem: Problem) -> Iterable[Reason]:
 
 
 @hookimpl
-def longspan_kernel(problem: Problem, layout: Any) -> Kernel | None:
+def longspan_kernel(problem: Problem, layout: Any, buffers: Workspace) -> Kernel | None:
     """Batched products over all blocks; None for ragged ones, or more than can be held at once: they are lowered."""
     if isinstance(layout, BlockLayout):
         from longspan_plugins.block_sparse_batched.blocks import block_kernel
 
-        return block_kernel(problem, layout, SCORES)
+        return block_kernel(problem, layout, buffers, SCORES)
     return _dense_kernel(problem)
 
 

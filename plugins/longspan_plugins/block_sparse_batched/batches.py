@@ -42,14 +42,6 @@ class Batch:
         """Query-key pairs that are computed."""
         return self.lines * self.most * self.size**2
 
-    def to(self, device: torch.device) -> Batch:
-        """The same on a device."""
-        given = (None if x is None else x.to(device) for x in (self.rows, self.blocks, self.masks))
-        rows, blocks, masks = given
-        assert blocks is not None
-        empty = None if self.empty is None else self.empty.to(device)
-        return Batch(self.size, self.lines, self.most, rows, blocks, masks, self.table.to(device), empty)
-
 
 def batches_of(layout: BlockLayout, batch: int, dtype: torch.dtype) -> tuple[Batch, ...] | None:
     """The batches of a layout; None where block rows or columns are ragged.

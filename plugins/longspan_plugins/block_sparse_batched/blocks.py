@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.plugin import BlockLayout, Kernel, Problem, nonfinite
+from longspan.plugin import BlockLayout, Kernel, Problem, Workspace, nonfinite
 from longspan_plugins.block_sparse_batched.batches import Batch, batches_of
 
 __all__ = ["block_kernel"]
@@ -17,24 +17,17 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 softmax: Any = torch.ops.aten._softmax.out
 
 
-def block_kernel(problem: Problem, layout: BlockLayout, most: int) -> Kernel | None:
+def block_kernel(problem: Problem, layout: BlockLayout, buffers: Workspace, most: int) -> Kernel | None:
     """The kernel of a block-sparse problem; None where its blocks are ragged, or more than `most` pairs at once."""
     wide = torch.float64 if problem.dtype == "float64" else torch.float32
     batches = batches_of(layout, problem.batch, wide)
     if batches is None or sum(one.pairs for one in batches) > most:
         return None
     scale = problem.scale
-    on: dict[torch.device, tuple[Batch, ...]] = {}
-
-    def there(device: torch.device) -> tuple[Batch, ...]:
-        if device not in on:
-            with torch.inference_mode(False):
-                on[device] = tuple(one.to(device) for one in batches)
-        return on[device]
 
     def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v = (x.to(wide).flatten(0, 2) for x in (query, key, value))
-        found = there(query.device)
+        found = buffers.on_device("batches", batches, query.device)
         if len(found) == 1 and found[0].rows is None:
             out, lse = _attend(found[0], q, k, v, scale)
         else:
@@ -52,7 +45,7 @@ def block_kernel(problem: Problem, layout: BlockLayout, most: int) -> Kernel | N
         rows = [x.to(wide).flatten(0, 2) for x in (dout, query, out)]
         k, v = (x.to(wide).flatten(0, 2) for x in (key, value))
         dquery, dkey, dvalue = torch.zeros_like(rows[1]), torch.zeros_like(k), torch.zeros_like(v)
-        for one in there(query.device):
+        for one in buffers.on_device("batches", batches, query.device):
             dq, dk, dv = _gradients(one, rows[0], rows[1], rows[2], k, v, lse.to(wide).flatten(), scale)
             if one.rows is None:
                 dquery = dq

@@ -12,7 +12,7 @@ import torch
 
 from longspan.lowering.dense import lower
 from longspan.memory.cache import PatternCache
-from longspan.memory.cache_entry import LayoutKey
+from longspan.memory.cached_layout import LayoutKey
 from longspan.patterns.dilated import Dilated
 from longspan.patterns.window import SlidingWindow
 from longspan.planning.attention import plan_for
