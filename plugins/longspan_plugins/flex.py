@@ -39,7 +39,7 @@ _TRACER = _Tracer()
 
 @hookimpl
 def longspan_capabilities() -> Capabilities:
-    """Dense and windowed attention, forward."""
+    """Dense and windowed attention, whose backward is the core's."""
     return Capabilities(
         devices=("cpu", "cuda>=8.0"),
         dtypes=("float16", "bfloat16", "float32"),
@@ -65,7 +65,7 @@ def longspan_unsupported(problem: Problem) -> Iterable[Reason]:
 
 @hookimpl
 def longspan_kernel(problem: Problem) -> Kernel:
-    """FlexAttention with the problem's mask."""
+    """FlexAttention with the problem's mask; on a CPU, NaN and inf among values reach only the rows that see them."""
     from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
     visible = _visible(problem)

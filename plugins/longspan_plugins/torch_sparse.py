@@ -35,7 +35,7 @@ def longspan_capabilities() -> Capabilities:
 
 @hookimpl
 def longspan_unsupported(problem: Problem) -> Iterable[Reason]:
-    """Heads too large to hold."""
+    """Heads of more query-key pairs than `PAIRS`."""
     pairs = problem.q_len * problem.kv_len
     if problem.pattern.kind == "dense" and pairs > PAIRS:
         yield Reason("size", "q_len x kv_len", f"{pairs:,} pairs a head", f"at most {PAIRS:,}", "backend='sdpa'")

@@ -51,7 +51,7 @@ def _their_reasons(problem: Problem) -> list[Reason]:
     """
     from xformers.ops import fmha
 
-    found = []
+    refusals = []
     for operator in (fmha.flash.FwOp, fmha.cutlass.FwOp):
         reasons = list(operator.shape_not_supported_reasons(SEEN, SEEN, problem.head_dim, problem.head_dim))
         if getattr(torch, problem.dtype) not in operator.SUPPORTED_DTYPES:
@@ -63,8 +63,8 @@ def _their_reasons(problem: Problem) -> list[Reason]:
             reasons.append("operator wasn't built - see `python -m xformers.info` for more info")
         if not reasons:
             return []
-        found += [Reason("xformers", operator.NAME, reason, "what xformers supports") for reason in reasons]
-    return found
+        refusals += [Reason("xformers", operator.NAME, reason, "what xformers supports") for reason in reasons]
+    return refusals
 
 
 @hookimpl

@@ -24,7 +24,7 @@ from longspan.testing import oracle
 from longspan_plugins.cpu_fused import binding, library, native
 from longspan_plugins.cpu_fused.program import TILE, Program, program_for
 
-NATIVE = pytest.mark.skipif(library.compiler() is None, reason="no C compiler: the kernels are composed")
+NATIVE = pytest.mark.skipif(library.compiler() is None, reason="no C compiler: there are no native kernels")
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}
 
 

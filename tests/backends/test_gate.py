@@ -12,7 +12,7 @@ from longspan_plugins.cpu_fused import library, native
 from longspan_plugins.cpu_fused.program import Program, program_for
 from small import assert_same, qkv, randn
 
-NATIVE = pytest.mark.skipif(library.compiler() is None, reason="no C compiler: the kernels are composed")
+NATIVE = pytest.mark.skipif(library.compiler() is None, reason="no C compiler: there are no native kernels")
 PATTERNS = {
     "dense": ls.Dense(),
     "window": ls.SlidingWindow(20, 0),

@@ -1,7 +1,7 @@
 """The native kernels: compiled once for this processor with the C compiler that is there, and kept in the cache folder.
 
-No compiler is needed for longspan to install and work: without one, `load` says why and the backend composes its work
-from torch's operators. The file's name begins with a digest of the sources, the compiler and the processor, so that a
+No compiler is needed for longspan to install and work: without one, `load` says why and torch's operators serve. The
+file's name begins with a digest of the sources, the compiler and the processor, so that a
 home folder shared by different machines never gives one of them another's instructions. `longspan.compiled` says when
 a file that is there is trusted.
 """
@@ -72,7 +72,7 @@ class Library:
 
     @property
     def name(self) -> str:
-        """Who computes, for `Kernel.library`."""
+        """Who computes, as `Kernel.library` names it: the kernels and how wide their vectors are, or torch."""
         return f"native, {self.lanes} lanes" if self.handle else "torch operators"
 
 
@@ -84,8 +84,8 @@ def compiler() -> tuple[str, ...] | None:
     except ValueError:  # a quote without its partner
         words = []
     for name, *arguments in ([wanted], words or [""], ["cc"], ["gcc"], ["clang"]):
-        if found := shutil.which(name):
-            return (found, *arguments)
+        if path := shutil.which(name):
+            return (path, *arguments)
     return None
 
 
@@ -230,9 +230,9 @@ def _run(command: list[str], scratch: str) -> None:
 
 def _key(program: tuple[str, ...]) -> str:
     """Under which the library is kept: a digest of the sources, the compiler, its flags and the processor."""
-    found = os.stat(program[0])
+    compiler_file = os.stat(program[0])
     digest = hashlib.sha256()
-    for part in (*FLAGS, *program, str(found.st_size), str(found.st_mtime_ns), _processor()):
+    for part in (*FLAGS, *program, str(compiler_file.st_size), str(compiler_file.st_mtime_ns), _processor()):
         digest.update(part.encode() + b"\0")
     for source in sorted([*HERE.glob("*.h"), *HERE.glob("*.c")]):
         digest.update(source.read_bytes())

@@ -167,10 +167,10 @@ class _Native:
         return words
 
     def _shares(self, count: int) -> Shares:
-        found = self._shared.get(count)
-        if found is None:
-            found = self._shared.setdefault(count, share(self._program, count))
-        return found
+        shares = self._shared.get(count)
+        if shares is None:
+            shares = self._shared.setdefault(count, share(self._program, count))
+        return shares
 
     def _threads(self, shape: Sequence[int], products: int) -> int:
         work = products * self._pairs * shape[0] * shape[1] * shape[3]

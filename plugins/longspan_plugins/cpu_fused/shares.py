@@ -42,7 +42,7 @@ class Shares:
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """The number of shares."""
         return len(self.keys)
 
     def apart(self, heads: int) -> int:
@@ -74,7 +74,7 @@ def share(program: Program, count: int) -> Shares:
             [(first + a, first + b) for a, b in pairwise(cut)] for (first, _), cut in zip(ranges, cuts, strict=True)
         ]
         keys = [_extent([(low[a:b], high[a:b]) for a, b in column]) for column in zip(*runs, strict=True)]
-        own, between = _apart(runs, keys, low)
+        own, between = _disjoint(runs, keys, low)
         late = sum(int(work[a:b].sum()) for run in between for a, b in run)
         if late <= BETWEEN * int(work.sum()):
             return Shares(_table(own), tuple(keys), _table(between), sums)
@@ -131,7 +131,7 @@ def _extent(runs: list[tuple[Tensor, Tensor]]) -> tuple[int, int]:
 Runs = list[list[tuple[int, int]]]
 
 
-def _apart(runs: Runs, keys: list[tuple[int, int]], low: Tensor) -> tuple[Runs, Runs]:
+def _disjoint(runs: Runs, keys: list[tuple[int, int]], low: Tensor) -> tuple[Runs, Runs]:
     """Every run without the tiles up to the last that reads keys of runs before it, and those tiles."""
     own: Runs = [[] for _ in runs]
     between: Runs = [[] for _ in runs]

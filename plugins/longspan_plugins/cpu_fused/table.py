@@ -47,7 +47,7 @@ class Table:
 
     @property
     def nbytes(self) -> int:
-        """Memory held."""
+        """Bytes held."""
         return len(self.data)
 
     def tensor(self) -> Tensor:

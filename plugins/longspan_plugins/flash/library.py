@@ -29,7 +29,7 @@ class Library:
 
     @property
     def version(self) -> str | None:
-        """The installed version, or None."""
+        """The version that is installed; None where a module of the library is missing."""
         try:
             if any(find_spec(module) is None for module in self.modules):
                 return None

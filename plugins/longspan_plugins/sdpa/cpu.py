@@ -37,7 +37,7 @@ def forward(
     """`(out, lse)`; `mask` `(1, 1, q_len, kv_len)` of query's dtype, 0 or -inf."""
     if mask is not None:
         return _masked(query, key, value, scale, mask)
-    query, key, value = map(_apart, (query, key, value))
+    query, key, value = map(_disjoint, (query, key, value))
     out, lse = _flash(query, key, value, 0.0, is_causal, scale=scale)
     group = query.shape[1] // key.shape[1]
     if is_causal and not nonfinite.is_finite(out):  # the operator multiplies masked weights, and 0 times NaN is NaN
@@ -71,7 +71,7 @@ def backward(
     """Gradients for the joint `(out, lse)`."""
     if mask is not None:
         return _masked_backward(dout, query, key, value, out, lse, scale, mask)
-    dout, query, key, value, out = map(_apart, (dout, query, key, value, out))
+    dout, query, key, value, out = map(_disjoint, (dout, query, key, value, out))
 
     def run(*tensors: Tensor) -> Gradients:
         return _gradients(*tensors, is_causal=is_causal, scale=scale)
@@ -131,13 +131,13 @@ def _masked_backward(
         return _gradients(*tensors, is_causal=False, scale=scale, mask=mask)
 
     dout, query, key, value, out, lse = map(_aligned, (dout, query, key, value, out, lse))
-    found = run(dout, query, key, value, out, lse.masked_fill(lse == -math.inf, math.inf))  # for weights of 0
-    if nonfinite.is_finite(*found):
-        return found
+    gradients = run(dout, query, key, value, out, lse.masked_fill(lse == -math.inf, math.inf))  # for weights of 0
+    if nonfinite.is_finite(*gradients):
+        return gradients
     return nonfinite.backward(run, dout, query, key, value, out, lse, scale=scale, mask=mask == 0)
 
 
-def _apart(tensor: Tensor) -> Tensor:
+def _disjoint(tensor: Tensor) -> Tensor:
     """The tensor, copied where rows overlap within head_dim: torch gives results its strides, and orders these anew."""
     if tensor.is_contiguous():
         return tensor
