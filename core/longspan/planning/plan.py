@@ -21,6 +21,7 @@ from longspan.planning.autocast import follow_autocast
 from longspan.planning.operators import Operands, attend_in_graph, differentiate_in_graph
 from longspan.planning.runners import make_runner
 from longspan.planning.verification import Verification, observe
+from longspan.registry.discovery import registry
 from longspan.registry.explain import check_problem, explain
 from longspan.registry.policy import Policy
 from longspan.registry.resolve import demand
@@ -53,8 +54,13 @@ def plan(
         ArgumentError: tensors in place of a problem.
     """
     check_problem("plan", problem, rest, foreign, ("backend", "pattern_cache"))
-    resolution = explain(problem, backend=backend)
-    return Plan(problem, resolution, demand(resolution), pattern_cache)
+    for _ in range(2):  # a backend may learn what this machine lacks while its kernels are made: then choose again
+        generation = registry.generation
+        resolution = explain(problem, backend=backend)
+        made = Plan(problem, resolution, demand(resolution), pattern_cache)
+        if registry.generation == generation:
+            break
+    return made
 
 
 class Plan:
