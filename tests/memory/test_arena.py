@@ -16,7 +16,7 @@ import torch
 
 import longspan as ls
 from longspan.memory.arena import BufferArena, buffer_arena
-from longspan.memory.reservation import GRANULE, Block
+from longspan.memory.extent import GRANULE, Extent
 from longspan.memory.workspace import Scratch, TorchAllocator, Workspace
 from longspan.testing import oracle
 
@@ -48,7 +48,7 @@ def test_memory_is_used_again():
     with pool.lease(spec(3), CPU) as second:  # a smaller one too
         assert address(second) == where
     stats = pool.stats
-    assert (stats.fresh, stats.reused, stats.leased, stats.blocks) == (1, 1, 0, 1)
+    assert (stats.fresh, stats.reused, stats.leased, stats.extents) == (1, 1, 0, 1)
 
 
 def test_two_at_once_are_two():
@@ -64,7 +64,7 @@ def test_what_is_too_small_makes_room_for_what_is_large_enough():
     for size in (2, 4, 6, 8, 7, 3):
         with pool.lease(spec(size), CPU):
             pass
-    assert pool.stats.held == 8 * MIB and pool.stats.blocks == 1
+    assert pool.stats.held == 8 * MIB and pool.stats.extents == 1
 
 
 def test_the_tensor_of_a_lease_is_empty_after_it():
@@ -78,7 +78,7 @@ def test_an_exception_gives_back():
     pool = arena()
     with pytest.raises(ZeroDivisionError), pool.lease(spec(), CPU):
         raise ZeroDivisionError
-    assert pool.stats.leased == 0 and pool.stats.blocks == 1
+    assert pool.stats.leased == 0 and pool.stats.extents == 1
 
 
 def test_a_view_that_outlives_its_lease_keeps_the_memory():
@@ -156,13 +156,13 @@ def test_what_was_allocated_comes_back_when_the_last_reference_goes():
     assert address(pool.allocate(spec(), CPU)) == where
 
 
-def test_what_is_disowned_never_comes_back():
+def test_what_is_releaseed_never_comes_back():
     pool = arena()
     tensor = pool.allocate(spec(), CPU)
-    pool.disown(tensor[7:])
-    assert pool.stats.blocks == 0
+    pool.release(tensor[7:])
+    assert pool.stats.extents == 0
     del tensor
-    assert pool.stats.blocks == 0
+    assert pool.stats.extents == 0
 
 
 def test_below_the_threshold_torch_serves():
@@ -183,7 +183,7 @@ def test_shapes_and_dtypes(dtype):
 
 def test_meta_tensors_are_torchs():
     pool = arena()
-    assert pool.allocate(spec(), torch.device("meta")).is_meta and pool.stats.blocks == 0
+    assert pool.allocate(spec(), torch.device("meta")).is_meta and pool.stats.extents == 0
 
 
 # --- bounds ---------------------------------------------------------------------------------------------------------
@@ -210,9 +210,9 @@ def test_trim_gives_back_what_is_free():
     assert pool.trim() == 4 * MIB and pool.stats.held == 0
 
 
-def test_memory_goes_with_the_last_tenant_that_needs_it():
+def test_memory_goes_with_the_last_reservation_that_needs_it():
     pool = arena()
-    small, large = pool.tenant(), pool.tenant()
+    small, large = pool.reserve(), pool.reserve()
     with small.lease(spec(4), CPU):
         pass
     with large.lease(spec(16), CPU), large.lease(spec(16), CPU):
@@ -223,43 +223,43 @@ def test_memory_goes_with_the_last_tenant_that_needs_it():
     with small.lease(spec(4), CPU):
         assert pool.stats.held == 4 * MIB
     del small
-    assert pool.stats.held == 0 and not pool._tenants
+    assert pool.stats.held == 0 and not pool._needs
 
 
-def test_a_tenant_that_dies_within_a_lease():
+def test_a_reservation_that_dies_within_a_lease():
     pool = arena()
-    tenant = pool.tenant()
-    with tenant.lease(spec(4), CPU) as tensor:
+    reservation = pool.reserve()
+    with reservation.lease(spec(4), CPU) as tensor:
         tensor.fill_(1)
-        del tenant
+        del reservation
         gc.collect()
         assert tensor.unique().tolist() == [1]
     assert pool.stats.held == 0
 
 
-def test_a_tenant_may_die_while_its_thread_holds_the_lock():
+def test_a_reservation_may_die_while_its_thread_holds_the_lock():
     """A garbage collection may run anywhere, and find a plan there."""
     pool = arena()
-    tenant = pool.tenant()
-    with tenant.lease(spec(4), CPU):
+    reservation = pool.reserve()
+    with reservation.lease(spec(4), CPU):
         pass
     with pool._lock:
-        del tenant
-        assert pool._left
-    assert len(pool._blocks) == 1  # nobody came after the lock yet
-    assert pool.stats.blocks == 0 and pool.stats.held == 0
+        del reservation
+        assert pool._ended
+    assert len(pool._extents) == 1  # nobody came after the lock yet
+    assert pool.stats.extents == 0 and pool.stats.held == 0
 
 
-def test_a_block_is_allocated_once_its_room_is_made(monkeypatch):
+def test_an_extent_is_allocated_once_its_room_is_made(monkeypatch):
     pool = arena()
 
     def full(self):
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(Block, "allocate", full)
+    monkeypatch.setattr(Extent, "allocate", full)
     with pytest.raises(torch.OutOfMemoryError), pool.lease(spec(), CPU):
         raise AssertionError("there is no memory")
-    assert pool.stats.held == 0 and pool.stats.blocks == 0
+    assert pool.stats.held == 0 and pool.stats.extents == 0
 
 
 # --- threads and forks ----------------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ def test_threads_never_share():
         list(workers.map(work, range(1, 9)))
     gc.collect()
     stats = pool.stats
-    assert stats.leased == 0 and stats.peak <= 64 * MIB and stats.held == sum(block.size for block in pool._blocks)
+    assert stats.leased == 0 and stats.peak <= 64 * MIB and stats.held == sum(extent.size for extent in pool._extents)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -304,7 +304,7 @@ def test_a_child_of_a_fork_starts_empty():
     if child == 0:
         signal.alarm(20)
         with pool.lease(spec(1), CPU, always=True) as tensor:
-            right = pool.stats.blocks == 1 and tensor.numel() == MIB // 4
+            right = pool.stats.extents == 1 and tensor.numel() == MIB // 4
         os._exit(0 if right else 1)
     status = os.waitpid(child, 0)[1]
     done.set()
@@ -315,9 +315,9 @@ def test_a_child_of_a_fork_starts_empty():
 # --- workspaces -----------------------------------------------------------------------------------------------------
 
 
-def test_a_workspace_lends_what_was_declared():
+def test_a_workspace_leases_what_was_declared():
     pool = arena()
-    workspace = Workspace([spec(4, name="a")], pool.tenant())
+    workspace = Workspace([spec(4, name="a")], pool.reserve())
     with workspace.lease("a", CPU) as tensor:
         assert tensor.numel() == MIB and pool.stats.leased == 4 * MIB
     with pytest.raises(ls.PluginError, match="'b'"):
@@ -326,7 +326,7 @@ def test_a_workspace_lends_what_was_declared():
 
 def test_a_pair_changes_places_and_is_reused_from_step_to_step():
     pool = arena(threshold=64 * MIB)
-    workspace = Workspace([spec(4, name="keys")], pool.tenant())
+    workspace = Workspace([spec(4, name="keys")], pool.reserve())
     seen = set()
     for _ in range(5):
         with workspace.pair("keys", CPU) as pair:
@@ -340,7 +340,7 @@ def test_a_pair_changes_places_and_is_reused_from_step_to_step():
 
 def test_scratch_takes_one_memory_for_all_launches():
     pool = arena(threshold=4 * MIB)
-    workspace = Workspace((), pool.tenant())
+    workspace = Workspace((), pool.reserve())
     x = torch.randn(1, 1, 4096, 64, dtype=torch.float64)
     with Scratch(workspace, x, x.nbytes * 10) as scratch:
         for rows in (4096, 100, 4000):
@@ -358,7 +358,7 @@ def test_torchs_own_allocator_keeps_nothing():
     workspace = Workspace([spec(4, name="a")], TorchAllocator())
     with workspace.lease("a", CPU) as tensor:
         assert tensor.numel() == MIB
-    workspace.disown([tensor])
+    workspace.release([tensor])
 
 
 # --- through the public API -----------------------------------------------------------------------------------------
@@ -397,8 +397,8 @@ def test_results_are_right_and_never_the_arenas(small_threshold, pattern, dtype)
     torch.testing.assert_close(kept[0], oracle(*inputs(dtype), pattern, is_causal=True).to(dtype), **tolerance)
     for one, other, same in zip(first, kept, second, strict=True):
         assert torch.equal(one, other) and torch.equal(one, same) and not one.isnan().any()
-    blocks = {block.address for block in small_threshold._blocks}
-    assert not blocks & {address(one) for one in (*first, *second)}
+    extents = {extent.address for extent in small_threshold._extents}
+    assert not extents & {address(one) for one in (*first, *second)}
 
 
 def test_a_lowered_pattern_uses_it_and_gives_it_back(small_threshold):
@@ -409,7 +409,7 @@ def test_a_lowered_pattern_uses_it_and_gives_it_back(small_threshold):
     assert small_threshold.stats.leased == 0
     del plan
     gc.collect()
-    assert small_threshold.stats.held == 0 or small_threshold._tenants
+    assert small_threshold.stats.held == 0 or small_threshold._needs
 
 
 def test_arena_bytes_return_to_zero_when_the_plans_are_dropped(monkeypatch):
@@ -473,7 +473,7 @@ def test_a_kernel_that_returns_or_keeps_its_workspace_harms_nobody(small_thresho
             torch.testing.assert_close(out, oracle(x[0] * (1 + i), x[1], x[2]).float())
         assert all(bool((tensor == number).all()) for tensor, number in plugin.kept)
         assert len({address(out) for out in outs}) == 4
-        assert not {block.address for block in small_threshold._blocks} & {address(out) for out in outs}
+        assert not {extent.address for extent in small_threshold._extents} & {address(out) for out in outs}
     finally:
         ls.unregister("test-greedy")
 

@@ -15,7 +15,7 @@ from longspan.memory.arena import BufferArena
 
 CPU = torch.device("cpu")
 KIB = 1024
-SIZES = st.integers(0, 9000)  # KiB; blocks are multiples of 2 MiB
+SIZES = st.integers(0, 9000)  # KiB; extents are multiples of 2 MiB
 
 
 def whole(tensor, number):
@@ -27,7 +27,7 @@ class ArenaMachine(RuleBasedStateMachine):
     @initialize(limit=st.integers(0, 32 * KIB), threshold=st.sampled_from([0, 64, 2048, 4096]))
     def start(self, limit, threshold):
         self.arena = BufferArena(limit=limit * KIB, threshold=threshold * KIB, poison=True)
-        self.tenants = [self.arena.tenant() for _ in range(2)]
+        self.reservations = [self.arena.reserve() for _ in range(2)]
         self.living: list[tuple[torch.Tensor, int, ExitStack | None]] = []
         self.number = 0
 
@@ -37,7 +37,7 @@ class ArenaMachine(RuleBasedStateMachine):
         self.living.append((tensor, self.number, stack))
 
     def who(self, data):
-        return data.draw(st.sampled_from([self.arena, *self.tenants]))
+        return data.draw(st.sampled_from([self.arena, *self.reservations]))
 
     @rule(data=st.data(), size=SIZES)
     def allocate(self, data, size):
@@ -73,9 +73,9 @@ class ArenaMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.living)
     @rule(data=st.data())
-    def disown(self, data):
+    def release(self, data):
         tensor, number, stack = self.pop(data)
-        self.arena.disown(tensor)
+        self.arena.release(tensor)
         self.living.append((tensor, number, stack))
 
     @rule()
@@ -84,7 +84,7 @@ class ArenaMachine(RuleBasedStateMachine):
 
     @rule(index=st.integers(0, 1))
     def a_plan_dies(self, index):
-        self.tenants[index] = self.arena.tenant()
+        self.reservations[index] = self.arena.reserve()
 
     @rule()
     def fork(self):
@@ -109,10 +109,10 @@ class ArenaMachine(RuleBasedStateMachine):
 
     def look(self):
         stats = self.arena.stats
-        assert stats.held == sum(block.size for block in self.arena._blocks)
+        assert stats.held == sum(extent.size for extent in self.arena._extents)
         assert stats.leased <= stats.held <= max(self.arena.limit, 0)
-        assert stats.blocks == len(self.arena._blocks)
-        free = {block.address for block in self.arena._blocks if block.is_free()}
+        assert stats.extents == len(self.arena._extents)
+        free = {extent.address for extent in self.arena._extents if extent.is_free()}
         assert not free & {tensor.untyped_storage().data_ptr() for tensor, _, _ in self.living if tensor.numel()}
 
     def teardown(self):

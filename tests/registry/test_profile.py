@@ -273,11 +273,11 @@ def test_the_arena_serves_from_where_it_was_measured_to_pay(monkeypatch):
     evolve(measured(), workspace_threshold=5 * 2**20).save()
     made = ls.plan(ls.Problem(batch=1, heads=2, q_len=64, head_dim=8, pattern=ls.SlidingWindow(8, 0)), "sdpa")
     assert arena.thresholds == {"cpu": 5 * 2**20}
-    assert arena.tenant("cpu").threshold == 5 * 2**20
-    assert arena.tenant("cuda").threshold == arena.threshold
+    assert arena.reserve("cpu").threshold == 5 * 2**20
+    assert arena.reserve("cuda").threshold == arena.threshold
     with arena.serving_from(7):
         ls.plan(made.problem, "sdpa")  # which looks at the profile again
-        assert arena.tenant("cpu").threshold == 7
+        assert arena.reserve("cpu").threshold == 7
     assert arena.threshold_on("cpu") == 5 * 2**20
     profile_path("cpu").unlink()
     forget_profiles()

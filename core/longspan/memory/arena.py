@@ -1,8 +1,8 @@
 """Workspace that is kept and handed out again: a large temporary then costs neither page faults nor an allocation.
 
-A block is free when nothing but the arena refers to its storage, by torch's own count of references. So whatever still
-uses it (a view, an output, a tensor saved for a backward) keeps it from being handed out again, and no caller has to be
-trusted. A block that somebody kept beyond its lease is withdrawn: it is theirs, and leaves with them.
+An extent is free when nothing but the arena refers to its storage, by torch's own count of references. So whatever
+still uses it (a view, an output, a tensor saved for a backward) keeps it from being handed out again, and no caller has
+to be trusted. An extent that somebody kept beyond its lease is withdrawn: it is theirs, and leaves with them.
 """
 
 from __future__ import annotations
@@ -13,23 +13,25 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from math import prod
 
 import torch
 from attrs import frozen
 from torch import Tensor
 
-from longspan.memory.reservation import Account, Block, Place, Tenant, place_of
+from longspan.memory.extent import Extent, Stream, stream_of
 from longspan.spec.backend import BufferSpec
 
-__all__ = ["ArenaStats", "BufferArena", "LIMIT", "THRESHOLD", "buffer_arena"]
+__all__ = ["ArenaStats", "BufferArena", "LIMIT", "Reservation", "THRESHOLD", "buffer_arena"]
 
 THRESHOLD = 32 * 2**20
 """Bytes from which on the arena serves; torch's allocator serves what is smaller, where nothing was measured.
 
 The C library's heap (glibc) gives 32 MiB and more back to the system each time, and keeps smaller pieces, warm.
 """
+Need = tuple[int, int]
+"""The largest extent that a reservation asked for on a stream, and the most bytes that it had there at once."""
 LIMIT = 2**30
 """Bytes that an arena holds at most; what would take it beyond is torch's to serve."""
 
@@ -38,7 +40,7 @@ LIMIT = 2**30
 class ArenaStats:
     """What an arena holds and did. Bytes: `held` in all, `leased` of them in use, `peak` the most ever held.
 
-    Requests: `reused` got memory that was there, `fresh` a new block, `passed` went on to torch's allocator. Blocks:
+    Requests: `reused` got memory that was there, `fresh` a new extent, `passed` went on to torch's allocator. Extents:
     `withdrawn` were kept by somebody beyond their lease, `dropped` were given back to torch. `shortages`: how often a
     call ran out of memory and all that nobody used was given back, so that it could run again.
     """
@@ -46,7 +48,7 @@ class ArenaStats:
     held: int
     leased: int
     peak: int
-    blocks: int
+    extents: int
     reused: int
     fresh: int
     passed: int
@@ -74,21 +76,21 @@ class BufferArena:
         self.thresholds: dict[str, int] = {}
         self._forced: int | None = None
         self._lock = threading.Lock()
-        self._blocks: list[Block] = []
-        self._tenants: dict[int, Account] = {}
-        self._left: deque[int] = deque()  # tenants that died while the lock was held, perhaps by this very thread
+        self._extents: list[Extent] = []
+        self._needs: dict[int, dict[Stream, Need]] = {}
+        self._ended: deque[int] = deque()  # reservations that died while the lock was held, perhaps by this very thread
         self._numbers = itertools.count(1)
         self._held = self._peak = 0
         self._reused = self._fresh = self._passed = self._withdrawn = self._dropped = self._shortages = 0
         _arenas.add(self)
 
-    def tenant(self, device: str = "cpu") -> Tenant:
-        """An account on this arena for one plan; when the last that needed some memory dies, that memory goes.
+    def reserve(self, device: str = "cpu") -> Reservation:
+        """A view of the arena for one plan; when the last plan that needed some memory dies, that memory goes.
 
         Args:
             device: the type of device that the plan is for.
         """
-        return Tenant(self, next(self._numbers), device)
+        return Reservation(self, next(self._numbers), device)
 
     def threshold_on(self, device: str) -> int:
         """Bytes from which on the arena serves on a type of device."""
@@ -103,40 +105,53 @@ class BufferArena:
         finally:
             self._forced = before
 
-    def allocate(self, spec: BufferSpec, device: torch.device) -> Tensor:
-        """Uninitialised memory, which comes back when the last tensor that uses it is dropped."""
-        return self.serve(spec, device, 0)
+    def allocate(self, spec: BufferSpec, device: torch.device, *, owner: int = 0) -> Tensor:
+        """Uninitialised memory, which comes back when the last tensor that uses it is dropped.
+
+        Args:
+            spec: shape and dtype.
+            device: where.
+            owner: the number of the reservation that needs it, 0 for none.
+        """
+        return self._get(spec, device, owner, False, False)[0]
 
     @contextmanager
-    def lease(self, spec: BufferSpec, device: torch.device, *, always: bool = False) -> Iterator[Tensor]:
+    def lease(
+        self, spec: BufferSpec, device: torch.device, *, always: bool = False, owner: int = 0
+    ) -> Iterator[Tensor]:
         """Uninitialised memory for the time of a `with` block; the tensor is empty after it.
 
         Args:
             spec: shape and dtype.
             device: where.
             always: serve it below the threshold too, for what a call takes again and again.
+            owner: the number of the reservation that needs it, 0 for none.
         """
-        with self.lend(spec, device, always, 0) as tensor:
+        tensor, extent = self._get(spec, device, owner, always, True)
+        try:
             yield tensor
+        finally:
+            if extent is not None:
+                self._return(tensor, extent)
 
-    def disown(self, tensor: Tensor) -> None:
-        """Give up the block behind this tensor, if it is one of the arena's: whoever got the tensor owns it now."""
-        if not self._blocks:
+    def release(self, tensor: Tensor) -> None:
+        """Give up the extent behind this tensor, if it is one of the arena's: whoever got the tensor owns it now."""
+        if not self._extents:
             return
         address = tensor.untyped_storage().data_ptr()
         with self._lock:
-            for block in [one for one in self._blocks if one.address == address]:
-                self._forget(block)
+            for extent in [one for one in self._extents if one.address == address]:
+                self._forget(extent)
                 self._withdrawn += 1
-        self._settle()
+        self._drop_ended()
 
     def trim(self) -> int:
         """Give back to torch whatever nobody uses; how many bytes that were."""
         with self._lock:
-            gone = [block for block in self._blocks if block.is_free()]
+            gone = [extent for extent in self._extents if extent.is_free()]
             self._drop(gone)
-        self._settle()
-        return sum(block.size for block in gone)
+        self._drop_ended()
+        return sum(extent.size for extent in gone)
 
     def give_back(self) -> int:
         """`trim`, for a call that ran out of memory; counted in the statistics where that freed any."""
@@ -144,123 +159,107 @@ class BufferArena:
         if freed:
             with self._lock:
                 self._shortages += 1
-            self._settle()
+            self._drop_ended()
         return freed
 
     @property
     def stats(self) -> ArenaStats:
         """What it holds now and did so far."""
         for _ in range(3):  # a plan may die while they are taken: what it alone needed is not to be counted
-            self._settle()
+            self._drop_ended()
             with self._lock:
-                leased = sum(block.size for block in self._blocks if not block.is_free())
+                leased = sum(extent.size for extent in self._extents if not extent.is_free())
                 counts = self._reused, self._fresh, self._passed, self._withdrawn, self._dropped, self._shortages
-                found = ArenaStats(self._held, leased, self._peak, len(self._blocks), *counts)
-            if not self._left:
+                stats = ArenaStats(self._held, leased, self._peak, len(self._extents), *counts)
+            if not self._ended:
                 break
-        self._settle()
-        return found
+        self._drop_ended()
+        return stats
 
-    # -- for tenants
-
-    def serve(self, spec: BufferSpec, device: torch.device, tenant: int) -> Tensor:
-        """`allocate`, on a tenant's account."""
-        return self._get(spec, device, tenant, False, False)[0]
-
-    @contextmanager
-    def lend(self, spec: BufferSpec, device: torch.device, always: bool, tenant: int) -> Iterator[Tensor]:
-        """`lease`, on a tenant's account."""
-        tensor, block = self._get(spec, device, tenant, always, True)
-        try:
-            yield tensor
-        finally:
-            if block is not None:
-                self._return(tensor, block)
-
-    def leave(self, tenant: int) -> None:
-        """A tenant died, perhaps while this thread holds the lock: a garbage collection may come at any time."""
-        self._left.append(tenant)
-        self._settle()
+    def leave(self, owner: int) -> None:
+        """A reservation ended, perhaps while this thread holds the lock: a garbage collection may come at any time."""
+        self._ended.append(owner)
+        self._drop_ended()
 
     # -- within
 
     def _get(
-        self, spec: BufferSpec, device: torch.device, tenant: int, always: bool, leased: bool
-    ) -> tuple[Tensor, Block | None]:
+        self, spec: BufferSpec, device: torch.device, owner: int, always: bool, leased: bool
+    ) -> tuple[Tensor, Extent | None]:
         dtype: torch.dtype = getattr(torch, spec.dtype)
         size = prod(spec.shape) * dtype.itemsize
         fits = 0 < size <= self.limit and (always or size >= self.threshold_on(device.type))
-        place = place_of(device) if fits else None
-        block = None if place is None else self._find(place, size, tenant, leased)
-        if block is None:
+        stream = stream_of(device) if fits else None
+        extent = None if stream is None else self._find(stream, size, owner, leased)
+        if extent is None:
             self._passed += 1
             return torch.empty(spec.shape, dtype=dtype, device=device), None
         if self.poison:
-            block.poison()
-        tensor = block.as_tensor(spec.shape, dtype)
-        block.reserved = False  # from here on the tensor, or the lease, keeps it
-        return tensor, block
+            extent.poison()
+        tensor = extent.as_tensor(spec.shape, dtype)
+        extent.reserved = False  # from here on the tensor, or the lease, keeps it
+        return tensor, extent
 
-    def _find(self, place: Place, size: int, tenant: int, leased: bool) -> Block | None:
-        """The smallest free block that is large enough; else a new one, in place of one that is too small."""
-        gone: list[Block] = []
+    def _find(self, stream: Stream, size: int, owner: int, leased: bool) -> Extent | None:
+        """The smallest free extent that is large enough; else a new one, in place of one that is too small."""
+        gone: list[Extent] = []
         with self._lock:
-            free = [block for block in self._blocks if block.place == place and block.is_free()]
-            block = min((one for one in free if one.size >= size), key=lambda one: one.size, default=None)
-            if block is None:
-                block = Block(place, size)
+            free = [extent for extent in self._extents if extent.stream == stream and extent.is_free()]
+            extent = min((one for one in free if one.size >= size), key=lambda one: one.size, default=None)
+            if extent is None:
+                extent = Extent(stream, size)
                 if free:
                     gone.append(max(free, key=lambda one: one.size))
-                others = (one for one in self._blocks if one.is_free() and one not in gone)
-                for one in sorted(others, key=lambda one: one.used):
-                    if self._held - sum(x.size for x in gone) + block.size <= self.limit:
+                others = (one for one in self._extents if one.is_free() and one not in gone)
+                for other in sorted(others, key=lambda one: one.used):
+                    if self._held - sum(one.size for one in gone) + extent.size <= self.limit:
                         break
-                    gone.append(one)
-                if self._held - sum(x.size for x in gone) + block.size > self.limit:
+                    gone.append(other)
+                if self._held - sum(one.size for one in gone) + extent.size > self.limit:
                     return None
                 self._drop(gone)
-                self._blocks.append(block)
-                self._held += block.size
+                self._extents.append(extent)
+                self._held += extent.size
                 self._peak = max(self._peak, self._held)
                 self._fresh += 1
             else:
                 self._reused += 1
-            block.reserved, block.leased, block.used, block.tenant = True, leased, next(self._numbers), tenant
-            self._charge(block)
+            extent.reserved, extent.leased, extent.used, extent.owner = True, leased, next(self._numbers), owner
+            self._charge(extent)
         gone.clear()  # freed before the new one is allocated, and outside the lock
-        self._settle()
-        if not block.is_allocated:
+        self._drop_ended()
+        if not extent.is_allocated:
             try:
-                block.allocate()
+                extent.allocate()
             except BaseException:  # an interrupt too: its room is not to be counted
                 with self._lock:
-                    self._forget(block)
+                    self._forget(extent)
                 raise
-        return block
+        return extent
 
-    def _return(self, tensor: Tensor, block: Block) -> None:
+    def _return(self, tensor: Tensor, extent: Extent) -> None:
         """End a lease: its tensor becomes empty, so that a variable that outlives it can do no harm."""
         with torch.no_grad():
             tensor.set_()  # type: ignore[call-overload]
         with self._lock:
-            block.leased = False
-            if block in self._blocks:  # else it was disowned, or this is a child of a fork
-                if not block.is_free():  # somebody kept a view
-                    self._forget(block)
+            extent.leased = False
+            if extent in self._extents:  # else it was released, or this is a child of a fork
+                if not extent.is_free():  # somebody kept a view
+                    self._forget(extent)
                     self._withdrawn += 1
-                elif block.doomed:
-                    self._drop([block])
+                elif extent.doomed:
+                    self._drop([extent])
                 elif self.poison:
-                    block.poison()
-        self._settle()
+                    extent.poison()
+        self._drop_ended()
 
-    def _settle(self) -> None:
-        """Do what tenants left to be done. Whoever holds the lock comes here after it."""
-        while self._left and self._lock.acquire(blocking=False):
+    def _drop_ended(self) -> None:
+        """Drop what ended reservations needed. Whoever holds the lock comes here after it."""
+        while self._ended and self._lock.acquire(blocking=False):
             try:
-                gone: list[Block] = []
-                while self._left:
-                    if self._tenants.pop(self._left.popleft(), None) is not None:
+                gone: list[Extent] = []
+                while self._ended:
+                    if self._needs.pop(self._ended.popleft(), None) is not None:
                         gone += self._shrink()
             finally:
                 self._lock.release()
@@ -268,49 +267,83 @@ class BufferArena:
 
     # -- with the lock held
 
-    def _charge(self, block: Block) -> None:
-        """Note what a tenant needs at once."""
-        if block.tenant:
-            account = self._tenants.setdefault(block.tenant, Account())
-            mine = (one for one in self._blocks if one.tenant == block.tenant and one.place == block.place)
-            account.note(block.place, block.size, sum(one.size for one in mine if one is block or not one.is_free()))
+    def _charge(self, extent: Extent) -> None:
+        """Note what a reservation needs at once."""
+        if extent.owner:
+            needs = self._needs.setdefault(extent.owner, {})
+            largest, most = needs.get(extent.stream, (0, 0))
+            mine = (one for one in self._extents if one.owner == extent.owner and one.stream == extent.stream)
+            at_once = sum(one.size for one in mine if one is extent or not one.is_free())
+            needs[extent.stream] = max(largest, extent.size), max(most, at_once)
 
-    def _shrink(self) -> list[Block]:
-        """Drop what no living tenant needs."""
-        gone: list[Block] = []
-        for place in {block.place for block in self._blocks}:
-            needs = [account.needs[place] for account in self._tenants.values() if place in account.needs]
+    def _shrink(self) -> list[Extent]:
+        """Drop what no living reservation needs."""
+        gone: list[Extent] = []
+        for stream in {extent.stream for extent in self._extents}:
+            needs = [needs[stream] for needs in self._needs.values() if stream in needs]
             largest, most = (max(column) for column in zip(*needs, strict=True)) if needs else (0, 0)
-            here = sorted((one for one in self._blocks if one.place == place), key=lambda one: one.used)
+            here = sorted((one for one in self._extents if one.stream == stream), key=lambda one: one.used)
             held = sum(one.size for one in here)
-            for block in sorted(here, key=lambda one: one.size <= largest):  # first those that nobody asks for
-                if block.size > largest or held > most:
-                    held -= block.size
-                    if block.leased or block.reserved:
-                        block.doomed = True
+            for extent in sorted(here, key=lambda one: one.size <= largest):  # first those that nobody asks for
+                if extent.size > largest or held > most:
+                    held -= extent.size
+                    if extent.leased or extent.reserved:
+                        extent.doomed = True
                     else:
-                        gone.append(block)
+                        gone.append(extent)
         self._drop(gone)
         return gone
 
-    def _drop(self, blocks: list[Block]) -> None:
-        for block in blocks:
-            self._forget(block)
+    def _drop(self, extents: list[Extent]) -> None:
+        for extent in extents:
+            self._forget(extent)
             self._dropped += 1
 
-    def _forget(self, block: Block) -> None:
-        if block in self._blocks:
-            self._blocks.remove(block)
-            self._held -= block.size
+    def _forget(self, extent: Extent) -> None:
+        if extent in self._extents:
+            self._extents.remove(extent)
+            self._held -= extent.size
 
     def forked(self) -> None:
         """In a child: the threads that leased are not here, and the lock may be theirs."""
         self._lock = threading.Lock()
-        self._blocks, self._held = [], 0
-        self._tenants.clear()
+        self._extents, self._held = [], 0
+        self._needs.clear()
 
     def __repr__(self) -> str:
-        return f"BufferArena({self._held / 2**20:.0f} of {self.limit / 2**20:.0f} MiB in {len(self._blocks)} blocks)"
+        return f"BufferArena({self._held / 2**20:.0f} of {self.limit / 2**20:.0f} MiB in {len(self._extents)} extents)"
+
+
+class Reservation:
+    """An arena as one plan sees it; a `LeasingAllocator`. When it dies, what it alone needed is given back."""
+
+    __slots__ = ("_arena", "_device", "_number")
+
+    def __init__(self, arena: BufferArena, number: int, device: str = "cpu") -> None:
+        self._arena, self._number, self._device = arena, number, device
+
+    @property
+    def threshold(self) -> int:
+        """Bytes below which torch's allocator serves."""
+        return self._arena.threshold_on(self._device)
+
+    def allocate(self, spec: BufferSpec, device: torch.device) -> Tensor:
+        """Uninitialised memory, which comes back when the last tensor that uses it is dropped."""
+        return self._arena.allocate(spec, device, owner=self._number)
+
+    def lease(self, spec: BufferSpec, device: torch.device, *, always: bool = False) -> AbstractContextManager[Tensor]:
+        """Uninitialised memory for the time of a `with` block."""
+        return self._arena.lease(spec, device, always=always, owner=self._number)
+
+    def release(self, tensor: Tensor) -> None:
+        """Give up the extent behind this tensor, if it is one of the arena's."""
+        self._arena.release(tensor)
+
+    def __del__(self) -> None:
+        self._arena.leave(self._number)
+
+    def __repr__(self) -> str:
+        return f"Reservation {self._number} of {self._arena!r}"
 
 
 _arenas: weakref.WeakSet[BufferArena] = weakref.WeakSet()

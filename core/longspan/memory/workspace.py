@@ -17,7 +17,16 @@ from longspan.memory.flatten import to_device
 from longspan.numerics.tensors import unit_stride
 from longspan.spec.backend import BufferSpec
 
-__all__ = ["Allocator", "GuardedAllocator", "KeepsCopies", "Lender", "Pair", "Scratch", "TorchAllocator", "Workspace"]
+__all__ = [
+    "Allocator",
+    "FallbackAllocator",
+    "KeepsCopies",
+    "LeasingAllocator",
+    "Pair",
+    "Scratch",
+    "TorchAllocator",
+    "Workspace",
+]
 
 
 class Allocator(Protocol):
@@ -27,8 +36,8 @@ class Allocator(Protocol):
         """Uninitialised memory of the spec's shape and dtype, nobody else's until the last tensor on it is dropped."""
 
 
-class Lender(Allocator, Protocol):
-    """An allocator that knows when memory comes back. `BufferArena`'s tenants are; the core wraps all others."""
+class LeasingAllocator(Allocator, Protocol):
+    """An allocator that knows when memory comes back. An arena's reservations are; the core wraps all others."""
 
     @property
     def threshold(self) -> int:
@@ -37,7 +46,7 @@ class Lender(Allocator, Protocol):
     def lease(self, spec: BufferSpec, device: torch.device, *, always: bool = False) -> AbstractContextManager[Tensor]:
         """Memory for the time of a `with` block; with `always`, below the threshold too."""
 
-    def disown(self, tensor: Tensor) -> None:
+    def release(self, tensor: Tensor) -> None:
         """Never hand out the memory of this tensor again."""
 
 
@@ -55,7 +64,7 @@ class TorchAllocator:
         """`torch.empty`; dropping it is giving it back."""
         yield self.allocate(spec, device)
 
-    def disown(self, tensor: Tensor) -> None:
+    def release(self, tensor: Tensor) -> None:
         """Nothing to do: nothing is kept."""
 
 
@@ -75,7 +84,9 @@ class Workspace:
         copies: who shares copies on devices with other plans; unless given, or where it declines, they are kept here.
     """
 
-    def __init__(self, specs: Iterable[BufferSpec], allocator: Lender, copies: KeepsCopies | None = None) -> None:
+    def __init__(
+        self, specs: Iterable[BufferSpec], allocator: LeasingAllocator, copies: KeepsCopies | None = None
+    ) -> None:
         self._specs = {spec.name: spec for spec in specs}
         self._allocator, self._copies = allocator, copies
         self._on_device: dict[tuple[str, torch.device], DeviceCopy] = {}
@@ -153,10 +164,10 @@ class Workspace:
         """Whether so many bytes are worth asking the allocator for."""
         return size >= self._allocator.threshold
 
-    def disown(self, tensors: Iterable[Tensor]) -> None:
+    def release(self, tensors: Iterable[Tensor]) -> None:
         """A kernel gave these out: their memory, should it be a buffer's, is no workspace any more."""
         for tensor in tensors:
-            self._allocator.disown(tensor)
+            self._allocator.release(tensor)
 
     def _spec(self, name: str) -> BufferSpec:
         if name not in self._specs:
@@ -247,19 +258,19 @@ class Scratch:
             self._leases.close()
 
 
-class GuardedAllocator:
-    """Asks a plugin's allocator, and after an exception or a wrong tensor the core's, for good.
+class FallbackAllocator:
+    """Asks a plugin's allocator, and falls back to the core's, for good, after its first exception or wrong tensor.
 
     Args:
         allocator: with `allocate(spec, device)`.
-        spare: the core's.
-        report: told of the mistake, once.
+        fallback: the core's.
+        report: told of that failure, once.
     """
 
     threshold = 0  # whoever replaces the allocator sees every request
 
-    def __init__(self, allocator: Any, spare: Lender, report: Callable[[Exception], None]) -> None:
-        self._allocator, self._spare, self._report = allocator, spare, report
+    def __init__(self, allocator: Any, fallback: LeasingAllocator, report: Callable[[Exception], None]) -> None:
+        self._allocator, self._fallback, self._report = allocator, fallback, report
         self._works = True
 
     def allocate(self, spec: BufferSpec, device: torch.device) -> Tensor:
@@ -270,19 +281,19 @@ class GuardedAllocator:
             except Exception as error:  # noqa: BLE001 - whatever a plugin raises, the computation goes on
                 self._works = False
                 self._report(error)
-        return self._spare.allocate(spec, device)
+        return self._fallback.allocate(spec, device)
 
     @contextmanager
     def lease(self, spec: BufferSpec, device: torch.device, *, always: bool = False) -> Iterator[Tensor]:
         """The same for the time of a `with` block; dropping it is giving it back."""
         yield self.allocate(spec, device)
 
-    def disown(self, tensor: Tensor) -> None:
-        """The spare's business; another allocator sees by itself who uses its memory."""
-        self._spare.disown(tensor)
+    def release(self, tensor: Tensor) -> None:
+        """The fallback's business; another allocator sees by itself who uses its memory."""
+        self._fallback.release(tensor)
 
     def __repr__(self) -> str:
-        return f"GuardedAllocator({self._allocator if self._works else self._spare!r})"
+        return f"FallbackAllocator({self._allocator if self._works else self._fallback!r})"
 
 
 def _checked(found: Any, spec: BufferSpec, device: torch.device) -> Tensor:

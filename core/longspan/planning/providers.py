@@ -11,13 +11,13 @@ from longspan.execution.contract import in_hook
 from longspan.memory.arena import BufferArena, buffer_arena
 from longspan.memory.cache import LayoutStore, PatternCache, pattern_cache
 from longspan.memory.cached_layout import LayoutKey
-from longspan.memory.workspace import GuardedAllocator, KeepsCopies, Lender, TorchAllocator
+from longspan.memory.workspace import FallbackAllocator, KeepsCopies, LeasingAllocator, TorchAllocator
 from longspan.registry.discovery import DEFAULTS, registry
 from longspan.registry.profile import current_profile
 from longspan.spec.device import Device
 from longspan.spec.problem import Problem
 
-__all__ = ["layout_of", "lender_for"]
+__all__ = ["layout_of", "allocator_for"]
 
 
 def layout_of(problem: Problem, backend: str, own: LayoutStore | None = None) -> tuple[Any, KeepsCopies | None]:
@@ -49,7 +49,7 @@ def layout_of(problem: Problem, backend: str, own: LayoutStore | None = None) ->
     return layout, _copies(store, key, layout)
 
 
-def lender_for(problem: Problem, backend: str) -> Lender:
+def allocator_for(problem: Problem, backend: str) -> LeasingAllocator:
     """Who provides workspace to a plan of this backend."""
     try:
         allocator = registry.lane(backend, "longspan_allocator")(device=problem.device)
@@ -58,12 +58,12 @@ def lender_for(problem: Problem, backend: str) -> Lender:
         allocator = buffer_arena()
     _calibrate(problem.device)
     if isinstance(allocator, BufferArena):
-        return allocator.tenant(problem.device.type)
+        return allocator.reserve(problem.device.type)
     if isinstance(allocator, TorchAllocator):
         return allocator
     name = registry.provider(backend, "longspan_allocator")
     report = partial(registry.note_fault, name, "longspan_allocator")
-    return GuardedAllocator(allocator, buffer_arena().tenant(problem.device.type), report)
+    return FallbackAllocator(allocator, buffer_arena().reserve(problem.device.type), report)
 
 
 def _calibrate(device: Device) -> None:

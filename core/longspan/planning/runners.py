@@ -23,12 +23,12 @@ from longspan.lowering.layout import Layout
 from longspan.lowering.masked import MaskedLayout
 from longspan.lowering.schedule import dense_parts, schedule
 from longspan.memory.cache import LayoutStore
-from longspan.memory.workspace import KeepsCopies, Lender, Workspace
+from longspan.memory.workspace import KeepsCopies, LeasingAllocator, Workspace
 from longspan.numerics.dropout import Draw
 from longspan.numerics.tensors import unit_stride
 from longspan.patterns.blocks.sparse import BlockSparse
 from longspan.patterns.topk.pattern import TopKBlocks
-from longspan.planning.providers import layout_of, lender_for
+from longspan.planning.providers import allocator_for, layout_of
 from longspan.registry.discovery import registry
 from longspan.registry.resolve import is_native
 from longspan.spec.backend import BufferSpec, Forward, Kernel
@@ -62,9 +62,9 @@ def make_runner(
     layout, copies = layout_of(problem, backend, pattern_cache)
     if isinstance(problem.pattern, BlockSparse) and isinstance(layout, Layout):
         layout = lay_blocks(problem)  # dense attention is beyond this backend
-    lender = lender_for(problem, backend)
-    memory = Workspace((), lender, copies)
-    if is_native(problem, can) and (whole := _offered(problem, layout, backend, lender, copies)):
+    allocator = allocator_for(problem, backend)
+    memory = Workspace((), allocator, copies)
+    if is_native(problem, can) and (whole := _offered(problem, layout, backend, allocator, copies)):
         return DirectRunner(problem, layout, whole, backend, memory)
     if not isinstance(layout, Layout | BlockLayout):
         if not can.runs(problem.pattern.kind):
@@ -77,7 +77,7 @@ def make_runner(
     kernels: list[Kernel] = []
 
     def kernel_for(dense: Problem) -> Kernel:
-        kernels.append(_kernel(dense, lower(dense), backend, lender))
+        kernels.append(_kernel(dense, lower(dense), backend, allocator))
         return kernels[-1]
 
     if isinstance(layout, BlockLayout):
@@ -205,8 +205,8 @@ def _blockwise(is_causal: bool, scale: float) -> Step:
     return Step(Kernel(forward), "the core", gqa=True, is_causal=is_causal, scale=scale)
 
 
-def _kernel(problem: Problem, layout: Any, backend: str, lender: Lender) -> Kernel:
-    kernel = _offered(problem, layout, backend, lender)
+def _kernel(problem: Problem, layout: Any, backend: str, allocator: LeasingAllocator) -> Kernel:
+    kernel = _offered(problem, layout, backend, allocator)
     if kernel is None:
         raise PluginError(
             f"{backend}'s longspan_kernel returned None for {problem}; want a callable or a Kernel. "
@@ -216,13 +216,13 @@ def _kernel(problem: Problem, layout: Any, backend: str, lender: Lender) -> Kern
 
 
 def _offered(
-    problem: Problem, layout: Any, backend: str, lender: Lender, copies: KeepsCopies | None = None
+    problem: Problem, layout: Any, backend: str, allocator: LeasingAllocator, copies: KeepsCopies | None = None
 ) -> Kernel | None:
     """The backend's kernel; None where it would rather have the pattern lowered."""
     with in_hook(backend, "longspan_buffers"):
         wanted = registry.lane(backend, "longspan_buffers")(problem=problem, layout=layout)
     specs = _specs(wanted, backend)
-    workspace = Workspace(specs, lender, copies)
+    workspace = Workspace(specs, allocator, copies)
     with in_hook(backend, "longspan_kernel"):
         kernel = registry.lane(backend, "longspan_kernel")(problem=problem, layout=layout, buffers=workspace)
     if kernel is None:
@@ -257,7 +257,7 @@ def _owning(run: Callable[..., Any], workspace: Workspace) -> Callable[..., Any]
     def running(*tensors: Tensor, **given: Any) -> Any:
         results = run(*tensors, **given)
         if isinstance(results, tuple | list):  # else it is refused later
-            workspace.disown(one for one in results if isinstance(one, Tensor))
+            workspace.release(one for one in results if isinstance(one, Tensor))
         return results
 
     return running
