@@ -157,7 +157,7 @@ class Plain(torch.Tensor):
 def test_subclasses_with_plain_memory_do_not_pay_for_the_operators(monkeypatch, call, kind):
     run, tensors = calls("cpu_fused")[call], qkv()
     wanted = run(*tensors)
-    for module in ("longspan.attention", "longspan.plan"):
+    for module in ("longspan.planning.attention", "longspan.planning.plan"):
         monkeypatch.setattr(sys.modules[module], "attend_in_graph", None)
     of_kind = [x.as_subclass(kind) if kind is Plain else kind(x) for x in tensors]
     with torch.no_grad():
@@ -169,7 +169,7 @@ def test_subclasses_with_plain_memory_do_not_pay_for_the_operators(monkeypatch, 
 def test_a_function_mode_alone_does_not_pay_either(monkeypatch, call):
     """`torch.device` as a context, and torch.set_default_device, are such modes."""
     run, tensors = calls("cpu_fused")[call], qkv()
-    for module in ("longspan.attention", "longspan.plan"):
+    for module in ("longspan.planning.attention", "longspan.planning.plan"):
         monkeypatch.setattr(sys.modules[module], "attend_in_graph", None)
     with torch.device("cpu"):
         run(*tensors)
