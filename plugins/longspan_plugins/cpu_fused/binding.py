@@ -28,6 +28,7 @@ FIELDS = {
 WORDS = sum(FIELDS.values())
 AT = SimpleNamespace(**dict(zip(FIELDS, accumulate(FIELDS.values(), initial=0), strict=False)))
 """The place of each field's first word."""
+Places = tuple[int, int, int, int]
 
 
 def bits(number: float) -> int:
@@ -43,17 +44,19 @@ def job(**values: int) -> array[int]:
     return words
 
 
-def places(*tensors: str) -> tuple[tuple[int, int], ...]:
+def places(*tensors: str) -> tuple[Places, ...]:
     """Where the addresses of these tensors and their strides go, for `put`."""
-    return tuple((getattr(AT, name), getattr(AT, f"{name}_at")) for name in tensors)
+    starts = [(getattr(AT, name), getattr(AT, f"{name}_at")) for name in tensors]
+    return tuple((address, first, first + 1, first + 2) for address, first in starts)
 
 
-def put(words: array[int], where: Sequence[tuple[int, int]], tensors: Iterable[Passed]) -> None:
-    """Write down the addresses of tensors and their strides, of four dimensions those of the first three."""
-    for (address_at, first), (_, address, strides) in zip(where, tensors, strict=True):
+def put(words: array[int], where: Sequence[Places], tensors: Iterable[Passed]) -> None:
+    """Write down the addresses of tensors, and the strides of their first three dimensions."""
+    for (address_at, batch_at, head_at, row_at), (_, address, strides) in zip(where, tensors, strict=True):
         words[address_at] = address
-        for place, stride in enumerate(strides[:3], first):
-            words[place] = stride
+        words[batch_at] = strides[0]
+        words[head_at] = strides[1]
+        words[row_at] = strides[2]
 
 
 def run(function: ctypes._NamedFuncPointer, words: array[int]) -> None:

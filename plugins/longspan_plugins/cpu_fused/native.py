@@ -25,7 +25,7 @@ Pair = tuple[Tensor, Tensor]
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FORWARD = places("query", "key", "value", "out", "lse")
 BACKWARD, DLSE = places("dout", "dquery"), places("dlse")
-DROPOUT = places("lines", "query_positions", "key_positions")
+POSITIONS = places("query_positions", "key_positions")
 PAYS = 2**21
 """Multiply-adds that are worth a thread of their own: starting one takes about as long."""
 
@@ -186,7 +186,8 @@ def _put_dropout(words: array[int], dropout: Dropout, query: Sequence[int], key:
         kept, address, strides = passed(f"dropout's {name}", tensor, torch.int64, shape)
         # A dimension of 1 stands for any size: that of keys that several heads share.
         drawn.append((kept, address, tuple(0 if size == 1 else at for size, at in zip(shape, strides, strict=True))))
-    put(words, DROPOUT, drawn)
+    _, words[AT.lines], (words[AT.lines_at], words[AT.lines_at + 1]) = drawn[0]
+    put(words, POSITIONS, drawn[1:])
     words[AT.seed] = (dropout.seed + 2**63) % 2**64 - 2**63
     words[AT.keep] = bits(1.0 / (1.0 - dropout.p))
     words[AT.threshold] = int(dropout.p * 2**32) - 2**31
