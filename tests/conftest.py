@@ -1,10 +1,12 @@
 """What holds for every test: files that longspan keeps go to a folder of the run, and never to the user's own.
 
+Under `-n` (pytest-xdist) the processes share that folder, so that the C library is compiled once, and the cores.
 `--longspan-backend NAME` reruns these tests on one backend; the tests of choosing a backend then have no say.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -31,6 +33,11 @@ MANY_THREADS = {"conformance", "docs", "sanitizers", "thirdparty"}
 
 def pytest_configure(config: pytest.Config) -> None:
     """Before anything is collected, as modules of tests list backends when they are imported."""
+    if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # the folder is that of the process above
+        share = max(1, torch.get_num_threads() // workers)
+        torch.set_num_threads(share)
+        os.environ.setdefault("OMP_NUM_THREADS", str(share))  # for the processes that tests start
+        return
     cache, patch = tempfile.TemporaryDirectory(prefix="longspan-tests-"), pytest.MonkeyPatch()
     patch.setenv("LONGSPAN_CACHE", cache.name)
     config.add_cleanup(cache.cleanup)
@@ -43,6 +50,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = [item for item in items if Path(item.path).name in COMPUTING]
     config.hook.pytest_deselected(items=[item for item in items if Path(item.path).name not in COMPUTING])
     items[:] = kept
+
+
+def pytest_collection_finish() -> None:
+    """Tens of thousands of test cases are no garbage: every `gc.collect()` of a test would look at them again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -414,9 +414,14 @@ def test_with_a_compiler_nothing_is_lacking():
 
 @NATIVE
 def test_processes_that_build_at_once(tmp_path):
-    path = os.environ["PATH"]
-    both = [start(tmp_path, PATH=path) for _ in range(3)]
-    for process in both:
+    """By a compiler that takes two seconds to copy a library which was made before."""
+    library.load()
+    ready = next(path for path in made(Path(os.environ["LONGSPAN_CACHE"])) if path.suffix == ".so")
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\nsleep 2\nwhile [ "$1" != -o ]; do shift; done\ncat "{ready}" > "$2"\n')
+    compiler.chmod(0o755)
+    processes = [start(tmp_path, PATH=os.environ["PATH"], CC=str(compiler)) for _ in range(3)]
+    for process in processes:
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         assert "native" in out and out.endswith("right\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from sites import Site
 
 @pytest.fixture(scope="session")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Every wheel, by the name of its folder in `packages/`."""
-    return building.build(tmp_path_factory.mktemp("wheels"))
+    """Every wheel, by the name of its folder in `packages/`; under `-n`, the processes share them."""
+    base = tmp_path_factory.getbasetemp()
+    return building.build((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "wheels")
 
 
 @pytest.fixture(scope="session")

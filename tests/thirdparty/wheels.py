@@ -6,6 +6,7 @@ all but `crash` and installs them into the running environment: for tox, and not
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import subprocess
 import sys
@@ -31,17 +32,25 @@ def pip(*arguments: str | Path) -> None:
 def build(folder: Path) -> dict[str, Path]:
     """The wheel of each distribution, by the name of its folder."""
     found = {}
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes of one test run, the first builds them
+        if not (folder / "sources").exists():
+            _build(folder)
+    for name, source in SOURCES.items():
+        project = next(line for line in (source / "pyproject.toml").read_text().splitlines() if line[:6] == "name =")
+        distribution = project.split('"')[1].replace("-", "_")
+        (found[name],) = folder.glob(f"wheels/{distribution}-*-none-any.whl")
+    return found
+
+
+def _build(folder: Path) -> None:
     for name, source in SOURCES.items():
         shutil.copytree(source, folder / "sources" / name, ignore=TRACES)
     sources = [folder / "sources" / name for name in SOURCES]
     offline = ("wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "-w", folder / "wheels")
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda some: pip(*offline, *some), (sources[::2], sources[1::2])))
-    for name, source in SOURCES.items():
-        project = next(line for line in (source / "pyproject.toml").read_text().splitlines() if line[:6] == "name =")
-        distribution = project.split('"')[1].replace("-", "_")
-        (found[name],) = folder.glob(f"wheels/{distribution}-*-none-any.whl")
-    return found
 
 
 def install(wheels: Mapping[str, Path], names: Iterable[str], target: Path | None = None) -> None:

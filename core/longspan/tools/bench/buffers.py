@@ -146,7 +146,7 @@ def _shape(tokens: int, rounds: int) -> dict[str, Any]:
     tensors = _inputs(tokens, torch.bfloat16)
     made = plan(Problem.like(*tensors, PATTERNS["window"], is_causal=True), backend="sdpa")
     calls = max(1, 65_536 // tokens // 4)
-    found = _on_and_off(lambda: _once(made, tensors, None), max(rounds, 15), calls)
+    found = _on_and_off(lambda: _once(made, tensors, None), 2 * rounds + 1, calls)
     return {"ms": found["ms"], "time_on_over_off": found["time_on_over_off"]}
 
 
