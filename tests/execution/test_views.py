@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import longspan as ls
-from longspan.execution.views import blocks
+from longspan.execution.strided import launches
 from longspan.lowering.dense import lower
 from longspan.lowering.layout import Call, Heads, Rows
 
@@ -122,7 +122,7 @@ def check(call, batch, heads, kv_heads, q_len, kv_len, dim, gqa, budget, layouts
     lse = numbered((batch, heads, q_len, 1), layouts[3])[..., 0]
     contiguous = torch.empty(key.shape).stride()
     queries = (query.stride(), (*lse.stride(), 1))
-    made = blocks(call, batch, dim, gqa, budget, queries, (key.stride(), value.stride(), contiguous))
+    made = launches(call, batch, dim, gqa, budget, queries, (key.stride(), value.stride(), contiguous))
     assert launched(call, made, query, key, value, lse) == wanted(call, batch, query, key, value, lse)
     assert torch.equal(gradients(call, made, key), used(call, batch, key))
     ratio = call.heads.count // call.kv_heads.count

@@ -485,7 +485,7 @@ def test_boundaries_are_refused_by_name_before_any_launch(backend, name, case, m
     def launched(*_):
         raise AssertionError("launched")
 
-    monkeypatch.setattr(strided, "run_forward", launched)
+    monkeypatch.setattr(strided.LoweredRunner, "forward", launched)
     bounds, said = BAD_BOUNDARIES[case]
     forms = [bounds, torch.tensor(bounds, dtype=torch.int32)] if isinstance(bounds, tuple) else [bounds]
     for form in forms:

@@ -9,7 +9,7 @@ import torch
 
 import longspan as ls
 from longspan import blockwise, errors
-from longspan.execution.contract import check_gradients, check_result
+from longspan.execution.kernel import check_gradients, check_result
 
 X = torch.randn(1, 2, 16, 8, generator=torch.Generator().manual_seed(0))
 VARIABLES = ("LONGSPAN_BACKEND", "LONGSPAN_PREFER", "LONGSPAN_BLOCK", "LONGSPAN_PLUGINS", "LONGSPAN_STRICT")

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.execution.strided import Step
+from longspan.execution.kernel import CheckedKernel
 from longspan.lowering.masked import Slab
 from longspan.memory.workspace import Workspace
-from longspan.numerics import blockwise
 from longspan.spec.backend import Kernel
 
-__all__ = ["MaskedStep"]
+__all__ = ["MaskedKernel"]
+
 LEASED = 2**19
 """Elements from which on a mask's memory is kept from call to call: fresh pages would cost as much as writing it."""
 
 
-class MaskedStep(Step):
+class MaskedKernel(CheckedKernel):
     """A kernel under the mask of one slab, in memory from a workspace."""
 
     __slots__ = ("_memory", "slab")
@@ -28,7 +28,7 @@ class MaskedStep(Step):
     def __init__(
         self, kernel: Kernel, backend: str, *, gqa: bool, scale: float, slab: Slab, memory: Workspace | None = None
     ) -> None:
-        super().__init__(kernel, backend, gqa=gqa, is_causal=False, scale=scale)
+        super().__init__(kernel, backend, gqa=gqa, scale=scale)
         self.slab, self._memory = slab, memory
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
@@ -39,14 +39,13 @@ class MaskedStep(Step):
             finally:
                 del mask  # else the memory behind it would not come back
 
-    def backward(self, *tensors: Tensor, dlse: Tensor | None, **given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, *tensors: Tensor, dlse: Tensor | None = None, **given: Any) -> tuple[Tensor, Tensor, Tensor]:
         """The kernel's backward under the mask, or the core's."""
         with self._mask(tensors[0]) as mask:
             try:
-                if self._backward is not None and dlse is None:
-                    return super().backward(*tensors, dlse=None, mask=mask, **given)
-                given |= {"is_causal": False, "scale": self.scale, "dlse": dlse, "mask": mask == 0}
-                return blockwise.backward(*tensors, **given)
+                if not self.differentiates(dlse):  # the core's takes what is seen
+                    mask = mask == 0
+                return super().backward(*tensors, dlse=dlse, mask=mask, **given)
             finally:
                 del mask
 

@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from longspan.execution.autograd import Differentiable, Runner, no_graph
-from longspan.execution.ordinary import undisturbed_gradient
+from longspan.execution.kernel import undisturbed_gradient
+from longspan.execution.runner import Runner, Saved, no_graph
 from longspan.numerics.dropout import Draw
 from longspan.numerics.merge import merge_
 from longspan.numerics.tensors import wide_dtype
 from longspan.patterns.blocks.sparse import ChosenBlocks
 from longspan.patterns.topk.choice import Part, layouts_of
-from longspan.patterns.topk.pattern import TopKBlocks, chosen_for, scorings, stand_in
+from longspan.patterns.topk.pattern import TopKBlocks, chosen_for, scorings
 from longspan.patterns.topk.scoring import BlockScoring
 from longspan.spec.problem import Problem
 
@@ -39,22 +39,18 @@ class NothingKept:
 class ChoosingRunner(Runner):
     """Chooses blocks for given tensors and runs them as a block-sparse problem, in which batch entries are heads.
 
-    `make` makes the runner of such a problem. One runner is made at once, for a choice that costs as much, so that a
-    backend that cannot run any says so when the plan is made.
+    `make` makes the runner of such a problem. `example` is one for a choice that costs as much, made with the plan, so
+    that a backend that cannot run any says so then.
     """
 
-    quick = None
-
-    def __init__(self, problem: Problem, make: Callable[[Problem], Any]) -> None:
+    def __init__(self, problem: Problem, example: Runner, make: Callable[[Problem], Runner]) -> None:
         assert isinstance(problem.pattern, TopKBlocks)
+        most = max((scoring.columns for _, scoring in scorings(problem)), default=0)
+        super().__init__(f"{min(problem.pattern.k, most)} of {most} key blocks a row, chosen at every call")
         self._problem, self._pattern, self._make = problem, problem.pattern, make
-        example = make(stand_in(problem))
-        self.operators: tuple[str, ...] = example.operators
-        self.libraries: tuple[str, ...] = example.libraries
-        self.own_backward: bool = example.own_backward
-        counts = [scoring.columns for _, scoring in scorings(problem)]
-        most = max(counts, default=0)
-        self.layout = f"{min(problem.pattern.k, most)} of {most} key blocks a row, chosen at every call"
+        self.example = example
+        self.operators, self.libraries = example.operators, example.libraries
+        self.own_backward = example.own_backward
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:
         """`(out, lse)`, recorded by autograd where that is on."""
@@ -87,18 +83,9 @@ class ChoosingRunner(Runner):
         with torch.no_grad():
             return self.attend(query, key, value, draw)
 
-    def backward(
-        self,
-        dout: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        draw: Draw | None,
-        dlse: Tensor | None,
-    ) -> Tensors:
+    def backward(self, saved: Saved, dout: Tensor, dlse: Tensor | None, draw: Draw | None) -> Tensors:
         """`(dquery, dkey, dvalue)` for the choice that these tensors lead to again; a scorer gets no gradient."""
+        query, key, value, out, lse = saved
         tensors = (query, key, value)
         grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in tensors]
         with torch.no_grad():
@@ -106,10 +93,10 @@ class ChoosingRunner(Runner):
                 queries = slice(part.start, part.start + part.scoring.q_len)
                 keys = slice(part.start, part.start + part.scoring.kv_len)
                 folded = self._folded(query[:, :, queries], key[:, :, keys], value[:, :, keys])
-                do, o = (_fold(x[:, :, queries]) for x in (dout, out))
-                row_lse, row_dlse = (None if x is None else _fold(x[:, :, queries]) for x in (lse, dlse))
+                do, o, row_lse = (_fold(x[:, :, queries]) for x in (dout, out, lse))
+                row_dlse = None if dlse is None else _fold(dlse[:, :, queries])
                 runner = self._make(self._posed(part, part.layouts))
-                found = runner.backward(do, *folded, o, row_lse, draw, row_dlse)
+                found = runner.backward(Saved(*folded, o, row_lse), do, row_dlse, draw)
                 for total, rows, one in zip(grads, (queries, keys, keys), found, strict=True):
                     total[:, :, rows] = one.view(total[:, :, rows].shape)
         return grads[0], grads[1], grads[2]
@@ -125,12 +112,7 @@ class ChoosingRunner(Runner):
             out, lse = scored(*tensors, bias, joint, lambda: self._rounds(part, columns, there), draw)
             return out, lse
         runner = self._make(self._posed(part, part.layouts))
-        if records:
-            apply: Any = Differentiable.apply
-            out, lse = apply(*tensors, runner, draw, no_graph)
-            return out, lse
-        result: tuple[Tensor, Tensor] = runner.forward(*tensors, draw)
-        return result
+        return runner.attend(*tensors, draw)
 
     def _rounds(self, part: Part, columns: Tensor, there: Tensor) -> Sequence[Runner]:
         """A runner for the first kept block of every row, one for the second, and so on."""
@@ -245,7 +227,7 @@ class Scored(Function):
         dbias = torch.zeros_like(bias)
         grads: list[Tensor] | None = None
         if ctx.joint is not None:
-            grads = list(ctx.joint.backward(dout, *tensors, out, lse, draw, dlse))
+            grads = list(ctx.joint.backward(Saved(*tensors, out, lse), dout, dlse, draw))
         sums = [torch.zeros(x.shape, dtype=wide, device=x.device) for x in tensors] if grads is None else []
         for number, runner in enumerate(ctx.rounds()):
             added = bias[..., number] if grads is None else 0.0
@@ -254,7 +236,7 @@ class Scored(Function):
                 share = (part_lse.to(wide) + added - lse).exp_().masked_fill_(lse == -torch.inf, 0.0)
                 dbias[..., number] = share * ((dout.to(wide) * part).sum(-1) - held)
             if grads is None:
-                found = runner.backward(dout, *tensors, out, lse - added, draw, dlse)
+                found = runner.backward(Saved(*tensors, out, lse - added), dout, dlse, draw)
                 for total, one in zip(sums, found, strict=True):
                     total += one
         if grads is None:

@@ -10,11 +10,11 @@ from __future__ import annotations
 from attrs import frozen
 
 from longspan.lowering.blocks import BlockLayout
-from longspan.lowering.masked import MaskedLayout, masked_layout, masked_pairs
+from longspan.lowering.masked import masked_pairs
 from longspan.spec.backend import Capabilities
 from longspan.spec.problem import Problem
 
-__all__ = ["Costs", "model", "settle"]
+__all__ = ["Costs", "model"]
 
 
 @frozen
@@ -72,9 +72,3 @@ def model(problem: Problem, layout: BlockLayout, can: Capabilities) -> Costs | N
     blocks = sum(share * (tile.cost(full, partial, height) + launches * launch) for tile, _, share in tiles)
     pairs = masked_pairs(layout)
     return Costs(blocks / dense, sum(share * (pairs * masked + launch) for _, masked, share in tiles) / dense)
-
-
-def settle(problem: Problem, layout: BlockLayout, can: Capabilities) -> BlockLayout | MaskedLayout:
-    """The layout, or dense attention under its mask where that costs less."""
-    costs = model(problem, layout, can)
-    return masked_layout(problem, layout) if costs is not None and costs.is_masked else layout

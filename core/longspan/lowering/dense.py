@@ -10,7 +10,6 @@ gathered where they do not lie side by side; where it keeps everything, it is de
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -68,13 +67,10 @@ def lower(problem: Problem, *, may_be_causal: bool = True) -> Layout | BlockLayo
     Raises:
         ArgumentError: the core cannot lower this pattern.
     """
-    if not isinstance(problem.pattern, BlockSparse):
-        return _lower(problem)
-    whole = as_dense(problem, may_be_causal=may_be_causal)
-    return lay_blocks(problem) if whole is None else _lower(whole)
-
-
-def _lower(problem: Problem) -> Layout:
+    if isinstance(problem.pattern, BlockSparse):
+        layout = lay_blocks(problem)
+        whole = as_dense(problem, layout, may_be_causal=may_be_causal)
+        return layout if whole is None else lower(whole)
     calls: list[Call] = []
     covering = 0
     for group in _groups(problem):
@@ -181,12 +177,17 @@ def head_pairs(heads: Heads, problem: Problem) -> Iterator[tuple[Heads, Heads]]:
 # ------------------------------------------------------------------------------------------------------- block-sparse
 
 
-@lru_cache(maxsize=4)  # explaining a problem and making its plan ask for the same
-def _laid(pattern: BlockSparse, spans: tuple[Span, ...], is_causal: bool, heads: int) -> BlockLayout:
+def lay_blocks(problem: Problem) -> BlockLayout:
+    """The blocks of a block-sparse problem, even where they are all there are."""
+    pattern = problem.pattern
+    assert isinstance(pattern, BlockSparse)
+    if 0 in (problem.batch, problem.heads, problem.q_len, problem.kv_len):
+        return BlockLayout((), ())
+    spans = tuple(_spans(problem))
     with torch.inference_mode(False), torch.device("cpu"):  # it outlives the mode that it happens to be made in
         found = {
             (span.queries, span.keys, span.first): pattern.csr(
-                span.queries, span.keys, is_causal=is_causal, query_offset=span.first, heads=heads
+                span.queries, span.keys, is_causal=problem.is_causal, query_offset=span.first, heads=problem.heads
             )
             for span in spans
         }
@@ -194,19 +195,8 @@ def _laid(pattern: BlockSparse, spans: tuple[Span, ...], is_causal: bool, heads:
     return BlockLayout(spans, blocks, isinstance(pattern, ChosenBlocks))
 
 
-def lay_blocks(problem: Problem) -> BlockLayout:
-    """The blocks of a block-sparse problem, even where they are all there are."""
-    assert isinstance(problem.pattern, BlockSparse)
-    if 0 in (problem.batch, problem.heads, problem.q_len, problem.kv_len):
-        return BlockLayout((), ())
-    return _laid(problem.pattern, tuple(_spans(problem)), problem.is_causal, problem.heads)
-
-
-def as_dense(problem: Problem, *, may_be_causal: bool = True) -> Problem | None:
+def as_dense(problem: Problem, layout: BlockLayout, *, may_be_causal: bool = True) -> Problem | None:
     """The dense problem that keeps exactly the pairs of a block-sparse one, if there is one: nothing is faster then."""
-    if not isinstance(problem.pattern, BlockSparse):
-        return None
-    layout = lay_blocks(problem)
     pairs = list(zip(layout.spans, layout.blocks, strict=True))
     dense = problem.replace(pattern=Dense(), is_causal=False)
     if all(csr.pairs == span.queries * span.keys for span, found in pairs for csr in found.layouts):

@@ -1,4 +1,7 @@
-"""`longspan.attention`, what a model calls, and the plans that it keeps: found again by a dictionary look-up."""
+"""`longspan.attention`: what a model calls, and the plans that it keeps.
+
+A plan is made once for what a call was given, and found again by a dictionary look-up.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longspan.errors import ArgumentError, brief
-from longspan.execution.ordinary import undisturbed
+from longspan.execution.kernel import undisturbed
 from longspan.planning.autocast import follow_autocast
 from longspan.planning.operators import attend_in_graph, find_plans_by
 from longspan.planning.plan import Plan, plan
@@ -17,106 +20,11 @@ from longspan.registry import policy
 from longspan.registry.discovery import registry
 from longspan.registry.policy import fingerprint, with_backend
 from longspan.spec.foreign import unknown_argument
+from longspan.spec.inputs import Arguments
 from longspan.spec.pattern import Dense, Pattern
 from longspan.spec.problem import Problem
 
 __all__ = ["KEPT", "attention", "forget", "plan_for"]
-
-KEPT = 128
-"""Plans kept; the oldest goes."""
-
-_plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
-
-
-def plan_for(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pattern: Pattern,
-    is_causal: bool,
-    scale: float | None,
-    dropout_p: float,
-    enable_gqa: bool,
-    cu_seqlens: Tensor | tuple[int, ...] | None,
-    query_offset: int | None,
-    backend: str | None,
-) -> Plan:
-    """The plan for these arguments of `attention` under the policy in force.
-
-    Raises:
-        ArgumentError, BackendUnavailable, UnknownBackend, PolicyError: as `attention`.
-    """
-    token: tuple[Any, ...] | None
-    try:
-        token = (
-            query.shape,
-            key.shape,
-            value.shape,
-            query.dtype,
-            key.dtype,
-            value.dtype,
-            query.device,
-            key.device,
-            value.device,
-            pattern,
-            is_causal,
-            scale,
-            dropout_p,
-            enable_gqa,
-            (
-                type(is_causal),
-                type(scale),
-                type(dropout_p),
-                type(enable_gqa),
-                type(query_offset),
-            ),  # for 1 == 1.0 == True
-            None if cu_seqlens is None else _boundaries(cu_seqlens),
-            query_offset,
-            backend,
-            torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
-            torch.are_deterministic_algorithms_enabled(),
-            registry.generation,
-            fingerprint(),
-        )
-        found = _plans.get(token)
-    except (AttributeError, TypeError, RuntimeError):  # no usual tensor, or not hashable: Problem.like says which
-        found, token = None, None
-    if found is not None:
-        return found
-    problem = Problem.like(
-        query,
-        key,
-        value,
-        pattern,
-        is_causal=is_causal,
-        scale=scale,
-        dropout_p=dropout_p,
-        enable_gqa=enable_gqa,
-        cu_seqlens=cu_seqlens,
-        query_offset=query_offset,
-    )
-    found = plan(problem, backend)
-    if token is not None:
-        _plans[token] = found  # no lock: each step is atomic, and a fork could leave a lock locked
-        while len(_plans) > KEPT:
-            _plans.popitem(last=False)
-    return found
-
-
-find_plans_by(plan_for)
-
-
-def forget() -> None:
-    """Drop all plans that were kept, and with them what they alone held of the arena."""
-    _plans.clear()
-
-
-def _boundaries(cu_seqlens: Any) -> Any:
-    """Boundaries as a hashable value, with whatever else the checks look at."""
-    if isinstance(cu_seqlens, Tensor):
-        return (cu_seqlens.device, cu_seqlens.dtype, cu_seqlens.dim(), tuple(cu_seqlens.flatten().tolist()))
-    return type(cu_seqlens), tuple((type(one), one) for one in cu_seqlens)
-
 
 _DENSE = Dense()
 _ARGUMENTS = (
@@ -132,6 +40,11 @@ _ARGUMENTS = (
     "return_lse",
 )
 """The arguments beside the tensors."""
+
+KEPT = 128
+"""Plans kept; the oldest goes."""
+
+_plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
 
 
 @overload
@@ -228,24 +141,67 @@ def attention(
         raise ArgumentError("return_lse", brief(return_lse), "True or False")
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         query, key, value = follow_autocast(query, key, value)
+    arguments = Arguments(pattern, is_causal, scale, dropout_p, enable_gqa, cu_seqlens, query_offset)
     if not undisturbed(query, key, value):
-        out, lse = attend_in_graph(
-            query,
-            key,
-            value,
-            dropout_seed,
-            pattern,
-            is_causal,
-            scale,
-            dropout_p,
-            enable_gqa,
-            cu_seqlens,
-            query_offset,
-            with_backend(backend, policy.text),
-        )
+        named = with_backend(backend, policy.text)
+        out, lse = attend_in_graph(query, key, value, dropout_seed, arguments, named)
     else:
-        made = plan_for(
-            query, key, value, pattern, is_causal, scale, dropout_p, enable_gqa, cu_seqlens, query_offset, backend
-        )
-        out, lse = made.run(query, key, value, dropout_seed)
+        out, lse = plan_for(query, key, value, arguments, backend).run(query, key, value, dropout_seed)
     return (out, lse) if return_lse else out
+
+
+def plan_for(query: Tensor, key: Tensor, value: Tensor, arguments: Arguments, backend: str | None) -> Plan:
+    """The plan for these arguments of `attention` under the policy in force.
+
+    Raises:
+        ArgumentError, BackendUnavailable, UnknownBackend, PolicyError: as `attention`.
+    """
+    token: tuple[Any, ...] | None
+    try:
+        token = (
+            query.shape,
+            key.shape,
+            value.shape,
+            query.dtype,
+            key.dtype,
+            value.dtype,
+            query.device,
+            key.device,
+            value.device,
+            arguments if arguments.cu_seqlens is None else _hashable(arguments),
+            tuple(map(type, arguments)),  # for 1 == 1.0 == True
+            backend,
+            torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
+            torch.are_deterministic_algorithms_enabled(),
+            registry.generation,
+            fingerprint(),
+        )
+        found = _plans.get(token)
+    except (AttributeError, TypeError, RuntimeError):  # no usual tensor, or not hashable: Problem.like says which
+        found, token = None, None
+    if found is not None:
+        return found
+    found = plan(Problem.like(query, key, value, **arguments._asdict()), backend)
+    if token is not None:
+        _plans[token] = found  # no lock: each step is atomic, and a fork could leave a lock locked
+        while len(_plans) > KEPT:
+            _plans.popitem(last=False)
+    return found
+
+
+find_plans_by(plan_for)
+
+
+def forget() -> None:
+    """Drop all plans that were kept, and with them what they alone held of the arena."""
+    _plans.clear()
+
+
+def _hashable(arguments: Arguments) -> tuple[Any, ...]:
+    """Arguments with boundaries as a hashable value, with whatever else the checks look at."""
+    bounds: Any = arguments.cu_seqlens
+    if isinstance(bounds, Tensor):
+        values: Any = bounds.device, bounds.dtype, bounds.dim(), tuple(bounds.flatten().tolist())
+    else:
+        values = tuple((type(one), one) for one in bounds)
+    return (*arguments[:5], values, arguments.query_offset)

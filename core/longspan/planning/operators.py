@@ -1,6 +1,6 @@
 """The operators that stand for attention wherever torch dispatches: in graphs, under torch.func, under dispatch modes.
 
-Ordinary eager calls never enter them: see `longspan.execution.ordinary`. An operator's arguments are values that a
+Ordinary eager calls never enter them: see `longspan.execution.kernel`. An operator's arguments are values that a
 graph can hold: the pattern and the policy as text, the rest as numbers and tensors. The policy is read when the graph
 is traced, and the plan is made, or found, when the operator first meets real tensors.
 """
@@ -19,20 +19,15 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from longspan.errors import ArgumentError
-from longspan.execution.ordinary import refuse_forward_mode, refuse_tangents
-from longspan.numerics.dropout import check_seed, signed
+from longspan.execution.kernel import refuse_forward_mode, refuse_tangents
+from longspan.execution.runner import Gradients, Saved
+from longspan.numerics.dropout import Draw, check_seed, signed
 from longspan.numerics.tensors import wide_dtype
 from longspan.patterns.text import decode
 from longspan.registry.policy import in_force
-from longspan.spec.inputs import check_arguments, check_strided
-from longspan.spec.pattern import Pattern
+from longspan.spec.inputs import Arguments, check_arguments, check_strided
 
-__all__ = ["Operands", "attend_in_graph", "differentiate_in_graph", "find_plans_by", "serve_dtensors"]
-
-
-Operands = tuple[Pattern, bool, float | None, float, bool, Tensor | tuple[int, ...] | None, int | None, str]
-"""Of an operator beside tensors and seed: pattern, is_causal, scale, dropout_p, enable_gqa, cu_seqlens, query_offset
-and policy."""
+__all__ = ["attend_in_graph", "differentiate_in_graph", "find_plans_by", "serve_dtensors"]
 
 
 class Found(Protocol):
@@ -60,29 +55,15 @@ _find: Callable[..., Found] | None = None
 
 
 def find_plans_by(find: Callable[..., Found]) -> None:
-    """Say how a plan is found: plans are kept above this module, and enter graphs too."""
+    """Say how a plan is found: the planner stands above this module, and plans enter graphs too."""
     global _find
     _find = find
 
 
-def _plan(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor | None,
-    pattern: str,
-    numbers: Sequence[int],
-    is_causal: bool,
-    scale: float | None,
-    dropout_p: float,
-    enable_gqa: bool,
-    query_offset: int | None,
-    policy: str,
-) -> Found:
+def _plan(query: Tensor, key: Tensor, value: Tensor, arguments: Arguments, policy: str) -> Found:
     assert _find is not None, "longspan.planning.attention sets it on import"
-    given = (decode(pattern, numbers), is_causal, scale, dropout_p, enable_gqa, cu_seqlens, query_offset, None)
     with in_force(policy):
-        return _find(query, key, value, *given)
+        return _find(query, key, value, arguments, None)
 
 
 @torch.library.custom_op("longspan::attention", mutates_args=())
@@ -101,9 +82,9 @@ def _attention(
     query_offset: int | None,
     policy: str,
 ) -> tuple[Tensor, Tensor]:
-    made = _plan(
-        query, key, value, cu_seqlens, pattern, numbers, is_causal, scale, dropout_p, enable_gqa, query_offset, policy
-    )
+    rule = decode(pattern, numbers)
+    arguments = Arguments(rule, is_causal, scale, dropout_p, enable_gqa, cu_seqlens, query_offset)
+    made = _plan(query, key, value, arguments, policy)
     with torch.no_grad():
         out, lse = made.run(query, key, value, None if seed is None else int(seed))
     return out.contiguous(), lse.contiguous()
@@ -134,9 +115,9 @@ def _attention_backward(
     query_offset: int | None,
     policy: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    made = _plan(
-        query, key, value, cu_seqlens, pattern, numbers, is_causal, scale, dropout_p, enable_gqa, query_offset, policy
-    )
+    rule = decode(pattern, numbers)
+    arguments = Arguments(rule, is_causal, scale, dropout_p, enable_gqa, cu_seqlens, query_offset)
+    made = _plan(query, key, value, arguments, policy)
     with torch.no_grad():
         dq, dk, dv = made.backward(dout, query, key, value, out, lse, dlse=dlse, seed=0 if seed is None else int(seed))
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
@@ -282,18 +263,7 @@ serve_dtensors._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def attend_in_graph(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    seed: int | None,
-    pattern: Pattern,
-    is_causal: bool,
-    scale: float | None,
-    dropout_p: float,
-    enable_gqa: bool,
-    cu_seqlens: Tensor | tuple[int, ...] | None,
-    query_offset: int | None,
-    policy: str,
+    query: Tensor, key: Tensor, value: Tensor, seed: int | None, arguments: Arguments, policy: str
 ) -> tuple[Tensor, Tensor]:
     """`(out, lse)` by the operator that a graph holds, and that torch dispatches.
 
@@ -306,41 +276,34 @@ def attend_in_graph(
             check_strided(name, tensor)
     refuse_tangents(query, key, value)
     serve_dtensors()
-    check_arguments(pattern, is_causal, enable_gqa, scale, dropout_p, cu_seqlens, query_offset)
+    check_arguments(arguments)
     check_seed(seed)
-    switches = is_causal, scale, dropout_p, enable_gqa, query_offset, policy
     attend: Any = _attention if maybe_current_level() is None else _Transformable.apply
-    result: tuple[Tensor, Tensor] = attend(
-        query, key, value, _boundaries(cu_seqlens, query), _seed(dropout_p, seed), *pattern.code, *switches
-    )
+    boundaries, drawn = _boundaries(arguments.cu_seqlens, query), _seed(arguments.dropout_p, seed)
+    result: tuple[Tensor, Tensor] = attend(query, key, value, boundaries, drawn, *_flat(arguments), policy)
     return result
 
 
 def differentiate_in_graph(
-    tensors: tuple[Tensor | None, ...],
-    seed: int,
-    pattern: Pattern,
-    is_causal: bool,
-    scale: float | None,
-    dropout_p: float,
-    enable_gqa: bool,
-    cu_seqlens: Tensor | tuple[int, ...] | None,
-    query_offset: int | None,
-    policy: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+    arguments: Arguments, policy: str, saved: Saved, dout: Tensor, dlse: Tensor | None, draw: Draw | None
+) -> Gradients:
     """`(dquery, dkey, dvalue)` by the backward's operator, for gradients of a forward that ran without operators.
-
-    `tensors` are `dout, dlse, query, key, value, out, lse`; the second may be None.
 
     Raises:
         ForwardModeError: a dual gradient.
     """
-    refuse_tangents(*tensors[:2])
-    boundaries, drawn = _boundaries(cu_seqlens, tensors[2]), _seed(dropout_p, seed)
-    switches = is_causal, scale, dropout_p, enable_gqa, query_offset, policy
+    refuse_tangents(dout, dlse)
+    boundaries = _boundaries(arguments.cu_seqlens, saved.query)
+    drawn = _seed(arguments.dropout_p, 0 if draw is None else draw.seed)
     differentiate: Any = _attention_backward if maybe_current_level() is None else _TransformableBackward.apply
-    result: tuple[Tensor, Tensor, Tensor] = differentiate(*tensors, boundaries, drawn, *pattern.code, *switches)
+    result: Gradients = differentiate(dout, dlse, *saved, boundaries, drawn, *_flat(arguments), policy)
     return result
+
+
+def _flat(arguments: Arguments) -> tuple[Any, ...]:
+    """The arguments that stand between seed and policy in an operator's schema."""
+    switches = arguments.is_causal, arguments.scale, arguments.dropout_p, arguments.enable_gqa
+    return (*arguments.pattern.code, *switches, arguments.query_offset)
 
 
 def _boundaries(cu_seqlens: Tensor | tuple[int, ...] | None, query: Any) -> Tensor | None:

@@ -9,23 +9,22 @@ import torch
 from torch import Tensor
 
 from longspan.errors import ArgumentError
-from longspan.execution.autograd import Differentiable, no_graph
-from longspan.execution.contract import note_kernel
-from longspan.execution.ordinary import undisturbed, undisturbed_gradient
+from longspan.execution.kernel import note_kernel, undisturbed, undisturbed_gradient
+from longspan.execution.runner import Saved
 from longspan.execution.shortage import give_back, once_more, spared
-from longspan.execution.topk import ChoosingRunner
+from longspan.lowering.route import Lowering
 from longspan.memory.cache import LayoutStore
 from longspan.numerics.dropout import Draw, check_seed, draw_seed
 from longspan.numerics.tensors import wide_dtype
 from longspan.planning.autocast import follow_autocast
-from longspan.planning.operators import Operands, attend_in_graph, differentiate_in_graph
-from longspan.planning.runners import make_runner
+from longspan.planning.build import build
+from longspan.planning.operators import attend_in_graph, differentiate_in_graph
 from longspan.planning.verification import Verification, observe
 from longspan.registry.discovery import registry
-from longspan.registry.explain import check_problem, explain
+from longspan.registry.explain import check_problem, rerouted, weigh
 from longspan.registry.policy import Policy
 from longspan.registry.resolve import demand
-from longspan.spec.backend import Forward
+from longspan.spec.inputs import Arguments
 from longspan.spec.problem import Problem
 from longspan.spec.resolution import Resolution
 
@@ -55,9 +54,8 @@ def plan(
     """
     check_problem("plan", problem, rest, foreign, ("backend", "pattern_cache"))
     for _ in range(2):  # a backend may learn what this machine lacks while its kernels are made: then choose again
-        generation = registry.generation
-        resolution = explain(problem, backend=backend)
-        made = Plan(problem, resolution, demand(resolution), pattern_cache)
+        generation, lowering = registry.generation, Lowering(problem)
+        made = Plan(lowering, weigh(lowering, backend), pattern_cache)
         if registry.generation == generation:
             break
     return made
@@ -70,21 +68,18 @@ class Plan:
     policy. It pickles as its problem and the backend's name.
     """
 
-    def __init__(
-        self, problem: Problem, resolution: Resolution, backend: str, pattern_cache: LayoutStore | None = None
-    ) -> None:
-        self.problem = problem
-        self.resolution = resolution
-        self.backend = backend
+    def __init__(self, lowering: Lowering, resolution: Resolution, pattern_cache: LayoutStore | None = None) -> None:
+        self.problem = problem = lowering.asked
+        self.backend = backend = demand(resolution)
         self._query_shape = torch.Size((problem.batch, problem.heads, problem.q_len, problem.head_dim))
         self._key_shape = torch.Size((problem.batch, problem.kv_heads, problem.kv_len, problem.head_dim))
         self._dtype: torch.dtype = getattr(torch, problem.dtype)
         self._device = "cuda" if problem.device.type == "rocm" else problem.device.type
         self._usual_device = torch.device(self._device)  # comparing it is cheaper than reading a type
-        self._policy = Policy(backend, "argument").text
-        self._runner = make_runner(problem, backend, pattern_cache)
         self._dropout_p = problem.dropout_p
-        self._quick: Forward | None = None  # the bare kernel, once its first result was checked
+        self._in_graph = Arguments.of(problem), Policy(backend, "argument").text
+        self._runner, route = build(lowering, backend, pattern_cache, partial(differentiate_in_graph, *self._in_graph))
+        self.resolution = rerouted(resolution, route)
         self.layout = self._runner.layout
 
     def __call__(
@@ -120,7 +115,7 @@ class Plan:
         if not right:
             query, key, value = self._check(*follow_autocast(query, key, value))
         if not undisturbed(query, key, value):
-            return attend_in_graph(query, key, value, dropout_seed, *self._operands())
+            return attend_in_graph(query, key, value, dropout_seed, *self._in_graph)
         return self.run(query, key, value, dropout_seed)
 
     def run(self, query: Tensor, key: Tensor, value: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
@@ -138,26 +133,20 @@ class Plan:
         return once_more(partial(self._run, query, key, value, draw), freed)
 
     def _run(self, query: Tensor, key: Tensor, value: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:
-        if isinstance(self._runner, ChoosingRunner):  # autograd follows it inside: a scorer may have a gradient
-            return self._runner.attend(query, key, value, draw)
-        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-            apply: Any = Differentiable.apply
-            out, lse = apply(query, key, value, self._runner, draw, self._differentiate_in_graph)
-            return out, lse
+        runner = self._runner
         if (
-            self._quick is not None
-            and (query.is_contiguous() or query.stride(3) == 1)  # the first is cheaper to ask
-            and (key.is_contiguous() or key.stride(3) == 1)
-            and (value.is_contiguous() or value.stride(3) == 1)
+            runner.bare is None
+            or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
+            or not (query.is_contiguous() or query.stride(3) == 1)  # the first is cheaper to ask
+            or not (key.is_contiguous() or key.stride(3) == 1)
+            or not (value.is_contiguous() or value.stride(3) == 1)
         ):
-            try:
-                return self._quick(query, key, value)
-            except Exception as error:
-                note_kernel(error, self.backend)
-                raise
-        result = self._runner.forward(query, key, value, draw)
-        self._quick = self._runner.quick
-        return result
+            return runner.attend(query, key, value, draw)
+        try:
+            return runner.bare(query, key, value)
+        except Exception as error:
+            note_kernel(error, self.backend)
+            raise
 
     def backward(
         self,
@@ -190,28 +179,10 @@ class Plan:
         self._check(query, key, value)
         self._check_results(dout, query, out, lse, dlse)
         draw = Draw(self.problem.dropout_p, seed, self.problem.query_offset) if self.problem.dropout_p else None
+        saved = Saved(query, key, value, out, lse)
         if not (undisturbed(query, key, value) and undisturbed_gradient(dout, dlse, out)):
-            in_graph = no_graph if isinstance(self._runner, ChoosingRunner) else self._differentiate_in_graph
-            return in_graph(draw, dout, dlse, query, key, value, out, lse)
-        return spared(partial(self._runner.backward, dout, query, key, value, out, lse, draw, dlse))
-
-    def _differentiate_in_graph(self, draw: Draw | None, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """The backward by its operator."""
-        return differentiate_in_graph(tensors, 0 if draw is None else draw.seed, *self._operands())
-
-    def _operands(self) -> Operands:
-        """What the operators are told of the problem and of the backend."""
-        problem = self.problem
-        return (
-            problem.pattern,
-            problem.is_causal,
-            problem.scale,
-            problem.dropout_p,
-            problem.kv_heads != problem.heads,
-            problem.documents,
-            problem.query_offset,
-            self._policy,
-        )
+            return self._runner.in_graph(saved, dout, dlse, draw)
+        return spared(partial(self._runner.backward, saved, dout, dlse, draw))
 
     def verify(self) -> Verification:
         """Run once on random inputs under the profiler, and compare the operators that ran with those claimed.

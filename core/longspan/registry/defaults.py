@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from longspan.lowering.blocks import BlockLayout
-from longspan.lowering.dense import lower
 from longspan.lowering.layout import Layout
 from longspan.memory.arena import buffer_arena
 from longspan.memory.cache import LayoutStore, pattern_cache
@@ -28,9 +27,9 @@ class Defaults:
         return ()
 
     @hookimpl(trylast=True)
-    def longspan_pattern(self, problem: Problem) -> Layout | BlockLayout:
+    def longspan_pattern(self, lower: Callable[[], Layout | BlockLayout]) -> Layout | BlockLayout:
         """Lower to dense calls, block-sparse patterns to blocks."""
-        return lower(problem)
+        return lower()
 
     @hookimpl(trylast=True)
     def longspan_cache(self, device: Device) -> LayoutStore:

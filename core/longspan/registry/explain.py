@@ -9,24 +9,22 @@ import torch
 from attrs import evolve
 
 from longspan.errors import ArgumentError, brief
-from longspan.lowering import cost
-from longspan.lowering.blocks import BlockLayout
-from longspan.lowering.dense import dense_problem, lower
-from longspan.lowering.schedule import dense_parts, schedule
+from longspan.lowering.route import Blocks, Lowering, Masked, Route, is_native
 from longspan.patterns.blocks.sparse import BlockSparse
-from longspan.patterns.topk.pattern import TopKBlocks, stand_in
+from longspan.patterns.topk.pattern import TopKBlocks
 from longspan.registry.discovery import registry
 from longspan.registry.policy import current
 from longspan.registry.profile import current_profile
-from longspan.registry.resolve import is_native, refusals, resolve
-from longspan.spec.backend import Capabilities, Reason
+from longspan.registry.resolve import refusals, resolve
+from longspan.spec.backend import Reason
 from longspan.spec.device import Device
 from longspan.spec.foreign import unknown_argument
 from longspan.spec.local import is_local
+from longspan.spec.pattern import Dense
 from longspan.spec.problem import Problem
 from longspan.spec.resolution import Candidate, Resolution
 
-__all__ = ["check_problem", "explain"]
+__all__ = ["check_problem", "explain", "rerouted", "weigh"]
 
 
 def explain(
@@ -48,10 +46,7 @@ def explain(
     check_problem("explain", problem, rest, foreign, ("device", "backend"))
     if device is not None:
         problem = problem.replace(device=device)
-    if isinstance(problem.pattern, TopKBlocks):
-        found = _weighed(stand_in(problem), backend, may_mask=False)
-        return evolve(found, problem=problem, notes=(_approximation(problem.pattern), *found.notes))
-    return _weighed(problem, backend)
+    return weigh(Lowering(problem), backend)
 
 
 def check_problem(
@@ -73,39 +68,45 @@ def check_problem(
         raise ArgumentError(f"{function}()", f"{len(rest)} arguments too many", want, "name them")
 
 
-def _weighed(problem: Problem, backend: str | None, may_mask: bool = True) -> Resolution:
-    """`may_mask`: blocks may run as dense attention under a mask, where that costs less."""
+def weigh(lowering: Lowering, backend: str | None) -> Resolution:
+    """The resolution of a problem, with the way that it runs with the backend chosen.
+
+    Args:
+        lowering: the problem's. What is laid out here is not laid out again for the plan.
+        backend: as `explain` has it.
+    """
+    problem = lowering.problem
     candidates, policy = registry.candidates(), current(backend)
-    if not may_mask:
-        candidates = tuple(_without_mask(one) for one in candidates)
     profile = current_profile(problem.device.name) if is_local(problem.device) else None
     measured = profile.seconds(problem) if profile else {}
     resolution = resolve(problem, candidates, policy, measured=measured)
     fitting = [candidate for candidate in candidates if resolution[candidate.name].ok]
-    if refused := _refused_parts(problem, fitting):
+    if refused := _refused_parts(lowering, fitting):
         resolution = resolve(problem, candidates, policy, refused, measured)
-    notes = [*_lacks(resolution, candidates), *_block_notes(problem, resolution, candidates)]
+    notes = [*resolution.notes, *_lacks(resolution, candidates)]
+    if isinstance(lowering.asked.pattern, TopKBlocks):
+        notes.insert(0, _approximation(lowering.asked.pattern))
     if not is_local(problem.device):
         notes.append(
             f"this machine has no {problem.device.name}: the answer assumes a torch build for it, and the plugins "
             "installed here"
         )
-    return evolve(resolution, notes=(*resolution.notes, *notes))
+    resolution = evolve(resolution, problem=lowering.asked, notes=tuple(notes))
+    chosen = next((one.info.capabilities for one in candidates if one.name == resolution.chosen), None)
+    return resolution if chosen is None else rerouted(resolution, lowering.route(chosen))
+
+
+def rerouted(resolution: Resolution, route: Route) -> Resolution:
+    """The same with this way, and what there is to say of it."""
+    before = () if resolution.route is None else _block_notes(resolution, resolution.route)
+    notes = [note for note in resolution.notes if note not in before]
+    return evolve(resolution, notes=(*notes, *_block_notes(resolution, route)), route=route)
 
 
 def _lacks(resolution: Resolution, candidates: Sequence[Candidate]) -> list[str]:
     """What those that fit would do better with, and the line that brings it."""
     fitting = [one for one in candidates if resolution[one.name].ok]
     return [f"{one.name} works, and would be faster with {lack}" for one in fitting for lack in one.info.lacks]
-
-
-def _without_mask(candidate: Candidate) -> Candidate:
-    can = candidate.info.capabilities
-    return (
-        candidate
-        if can is None
-        else evolve(candidate, info=evolve(candidate.info, capabilities=evolve(can, mask=False)))
-    )
 
 
 def _approximation(pattern: TopKBlocks) -> str:
@@ -116,19 +117,15 @@ def _approximation(pattern: TopKBlocks) -> str:
     )
 
 
-def _refused_parts(problem: Problem, candidates: Sequence[Candidate]) -> dict[str, tuple[Reason, ...]]:
+def _refused_parts(lowering: Lowering, candidates: Sequence[Candidate]) -> dict[str, tuple[Reason, ...]]:
     """What backends hold against the dense problems that this problem lowers to; of one kind, the first."""
-    lowered: dict[tuple[bool, bool, bool], list[Problem]] = {}
     refused = {}
     for candidate in candidates:
         can = candidate.info.capabilities
-        if can is None or is_native(problem, can):
+        if can is None or is_native(lowering.problem, can):
             continue
-        means = can.gqa, can.causal, can.mask
-        if means not in lowered:
-            lowered[means] = _dense_problems(problem, can)
         found: dict[tuple[str, str], Reason] = {}
-        for part in lowered[means]:
+        for part in lowering.of(can).lowered(can).parts:
             for reason in refusals(part, candidate):
                 found.setdefault((reason.code, reason.field), reason)
         if found:
@@ -136,31 +133,17 @@ def _refused_parts(problem: Problem, candidates: Sequence[Candidate]) -> dict[st
     return refused
 
 
-def _dense_problems(problem: Problem, can: Capabilities) -> list[Problem]:
-    layout = lower(problem, may_be_causal=can.causal)
-    if isinstance(layout, BlockLayout):
-        layout = cost.settle(problem, layout, can)
-    if isinstance(layout, BlockLayout):
-        return list(dense_parts(problem, schedule(problem, layout)).values())
-    return list(dict.fromkeys(dense_problem(problem, call, can.gqa) for call in layout.calls))
-
-
-def _block_notes(problem: Problem, resolution: Resolution, candidates: Sequence[Candidate]) -> list[str]:
+def _block_notes(resolution: Resolution, route: Any) -> tuple[str, ...]:
     """What becomes of a block-sparse pattern: who runs which blocks, or why none are run."""
-    if not isinstance(problem.pattern, BlockSparse):
-        return []
-    chosen = next((one.info.capabilities for one in candidates if one.name == resolution.chosen), None)
-    layout = lower(problem, may_be_causal=chosen is None or chosen.causal)
-    if not isinstance(layout, BlockLayout):
-        return ["the pattern keeps every pair that there is here: it runs as dense attention, which no blocks beat"]
-    if chosen is None or is_native(problem, chosen):
-        return []
-    costs = cost.model(problem, layout, chosen)
-    modelled = "" if costs is None else f"; modelled: {costs}"
-    if costs is not None and costs.is_masked:
-        return [f"{resolution.chosen} runs dense attention under a mask{modelled}"]
-    full, partial = layout.count()
-    size = problem.pattern.block_size
-    who = f"{resolution.chosen} runs {full:,} full blocks of {size}"
-    who += f", the core {partial:,} partial ones under their masks" if partial else ""
-    return [f"{who}: {layout.products:.1%} of dense attention's products{modelled}"]
+    if isinstance(route, Blocks | Masked):
+        modelled = "" if route.costs is None else f"; modelled: {route.costs}"
+        if isinstance(route, Masked):
+            return (f"{resolution.chosen} runs dense attention under a mask{modelled}",)
+        layout = route.layout
+        full, partial = layout.count()
+        who = f"{resolution.chosen} runs {full:,} full blocks of {layout.block_size}"
+        who += f", the core {partial:,} partial ones under their masks" if partial else ""
+        return (f"{who}: {layout.products:.1%} of dense attention's products{modelled}",)
+    if isinstance(resolution.problem.pattern, BlockSparse | TopKBlocks) and isinstance(route.problem.pattern, Dense):
+        return ("the pattern keeps every pair that there is here: it runs as dense attention, which no blocks beat",)
+    return ()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pluggy
 
+from longspan.lowering.blocks import BlockLayout
 from longspan.lowering.layout import Layout
 from longspan.memory.cache import LayoutStore
 from longspan.memory.workspace import Allocator, Workspace
@@ -35,11 +36,12 @@ def longspan_unsupported(problem: Problem) -> Iterable[Reason]:
 
 
 @hookspec(firstresult=True)
-def longspan_pattern(problem: Problem) -> Layout | Any:
+def longspan_pattern(problem: Problem, lower: Callable[[], Layout | BlockLayout]) -> Layout | Any:
     """Pattern generation: the layout of the problem's pattern for its shape and device.
 
-    The core lowers to dense calls, a `Layout`, and block-sparse patterns to a `BlockLayout`. A backend that serves the
-    pattern natively may return any value, which only its own `longspan_kernel` reads.
+    The core lowers to dense calls, a `Layout`, and block-sparse patterns to a `BlockLayout`: `lower()` returns that,
+    made once. A backend that serves the pattern natively may return any value, which only its own `longspan_kernel`
+    reads.
     """
 
 

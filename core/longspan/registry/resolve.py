@@ -11,9 +11,9 @@ from longspan.registry.policy import Policy
 from longspan.spec.backend import Capabilities, Reason
 from longspan.spec.device import Device
 from longspan.spec.problem import Problem
-from longspan.spec.resolution import Candidate, Resolution, Verdict
+from longspan.spec.resolution import Candidate, Resolution, Verdict, native_refusals
 
-__all__ = ["demand", "is_native", "refusals", "resolve"]
+__all__ = ["demand", "refusals", "resolve"]
 
 
 def resolve(
@@ -67,7 +67,7 @@ def resolve(
         skipped = f" after {', '.join(passed)}, which did not fit" if passed else ""
         return resolution(chosen.name, policy.prefer_from, f"{chosen.name} was preferred{skipped}")
     missed = f"; preferred {', '.join(policy.prefer)} did not fit" if policy.prefer else ""
-    return resolution(chosen.name, "auto", _why(chosen, problem, ranked, measured) + missed)
+    return resolution(chosen.name, "auto", _why(chosen, ranked, measured) + missed)
 
 
 def demand(resolution: Resolution) -> str:
@@ -99,29 +99,6 @@ def refusals(problem: Problem, candidate: Candidate) -> tuple[Reason, ...]:
         return ()
     found = [*_device(problem.device, can), *_numbers(problem, can), *_arguments(problem, can)]
     return (*found, *candidate.unsupported(problem)) if not found else tuple(found)
-
-
-def native_refusals(problem: Problem, can: Capabilities) -> list[Reason]:
-    """Why a kernel that runs the pattern natively does not take the problem as it is."""
-    fix = "choose another backend"
-    found = []
-    if problem.documents is not None and not can.documents:
-        found.append(Reason("documents", "cu_seqlens", "packed documents", "one document", fix))
-    if problem.kv_heads != problem.heads and not can.gqa:
-        heads = f"{problem.kv_heads} for {problem.heads} query heads"
-        found.append(Reason("gqa", "kv_heads", heads, "as many as query heads", fix))
-    shifted = problem.query_offset or problem.q_len != problem.kv_len
-    if shifted and (problem.is_causal or problem.pattern.positional) and not can.query_offset:
-        found.append(Reason("query_offset", "query_offset", str(problem.query_offset), "as many queries as keys", fix))
-    if problem.dropout_p:
-        found.append(Reason("dropout", "dropout_p", str(problem.dropout_p), "0.0", "pass dropout_p=0.0"))
-    return found
-
-
-def is_native(problem: Problem, can: Capabilities) -> bool:
-    """Whether the backend's kernel takes the problem as it is, so that the core need not lower it."""
-    some = 0 not in (problem.batch, problem.heads, problem.q_len, problem.kv_len)
-    return some and can.runs(problem.pattern.kind) and not native_refusals(problem, can)
 
 
 def _device(device: Device, can: Capabilities) -> list[Reason]:
@@ -203,16 +180,13 @@ def _rank(
     return place, seconds, not can.runs(problem.pattern.kind), -can.tier, candidate.name
 
 
-def _why(chosen: Candidate, problem: Problem, ranked: Sequence[str], measured: Mapping[str, float]) -> str:
-    can = chosen.info.capabilities
-    assert can is not None  # loaded
-    how = "natively" if can.runs(problem.pattern.kind) else "lowered to dense calls"
+def _why(chosen: Candidate, ranked: Sequence[str], measured: Mapping[str, float]) -> str:
     fitting = len(ranked)
     among = "the only one that auto may take" if fitting == 1 else f"the first of {fitting} that auto may take"
     times = [f"{name} {1e3 * measured[name]:.3g} ms" for name in ranked if name in measured]
     if fitting > 1 and chosen.name in measured:
         among = f"the fastest measured on this machine ({', '.join(times)})"
-    return f"{chosen.name} is {among}; {problem.pattern.kind} runs {how} on {problem.device.name}"
+    return f"{chosen.name} is {among}"
 
 
 def _overridden(policy: Policy) -> tuple[str, ...]:

@@ -4,14 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from longspan.errors import ArgumentError, brief, is_integer
 from longspan.spec.pattern import Pattern
 
-__all__ = ["check_arguments", "check_boundaries", "check_inputs", "check_pattern", "check_strided"]
+__all__ = ["Arguments", "check_arguments", "check_boundaries", "check_inputs", "check_pattern", "check_strided"]
+
+if TYPE_CHECKING:
+    from longspan.spec.problem import Problem
+
+
+class Arguments(NamedTuple):
+    """What `longspan.attention` is told beside the tensors: its words, unchecked, as one value.
+
+    A tuple and no attrs class, for it is made at every call: that costs a fifth of a microsecond.
+    """
+
+    pattern: Pattern
+    is_causal: bool = False
+    scale: float | None = None
+    dropout_p: float = 0.0
+    enable_gqa: bool = False
+    cu_seqlens: torch.Tensor | tuple[int, ...] | None = None
+    query_offset: int | None = None
+
+    @classmethod
+    def of(cls, problem: Problem) -> Arguments:
+        """Those that lead to a problem."""
+        shared = problem.kv_heads != problem.heads
+        numbers = problem.is_causal, problem.scale, problem.dropout_p, shared
+        return cls(problem.pattern, *numbers, problem.documents, problem.query_offset)
+
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -108,16 +134,10 @@ def check_inputs(query: Any, key: Any, value: Any, enable_gqa: bool, cu_seqlens:
     }
 
 
-def check_arguments(
-    pattern: object,
-    is_causal: object,
-    enable_gqa: object,
-    scale: object,
-    dropout_p: object,
-    cu_seqlens: object,
-    query_offset: object,
-) -> None:
+def check_arguments(arguments: Arguments) -> None:
     """What can be said of the arguments without looking into the tensors, in code that a tracer follows."""
+    given: tuple[Any, ...] = arguments  # anything, whatever the types say
+    pattern, is_causal, scale, dropout_p, enable_gqa, cu_seqlens, query_offset = given
     check_pattern(pattern)
     for name, switch in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
         if not isinstance(switch, bool):

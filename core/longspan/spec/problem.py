@@ -12,7 +12,7 @@ from longspan.errors import ArgumentError, check_integer, check_number
 from longspan.spec.backend import DTYPES
 from longspan.spec.device import Device
 from longspan.spec.foreign import unknown_argument
-from longspan.spec.inputs import check_arguments, check_boundaries, check_inputs, check_pattern
+from longspan.spec.inputs import Arguments, check_arguments, check_boundaries, check_inputs, check_pattern
 from longspan.spec.pattern import Dense, Pattern
 
 __all__ = ["Problem"]
@@ -108,7 +108,8 @@ class Problem:
         if foreign:
             raise unknown_argument("Problem.like()", foreign, _LIKE)
         pattern = Dense() if pattern is None else pattern
-        check_arguments(pattern, is_causal, enable_gqa, scale, dropout_p, cu_seqlens, query_offset)
+        bounds: Any = cu_seqlens
+        check_arguments(Arguments(pattern, is_causal, scale, dropout_p, enable_gqa, bounds, query_offset))
         fields = check_inputs(query, key, value, enable_gqa, cu_seqlens) | {"query_offset": query_offset or 0}
         if fields["q_len"] != fields["kv_len"] and query_offset is None and (is_causal or pattern.positional):
             last = fields["kv_len"] - fields["q_len"]

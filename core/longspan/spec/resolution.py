@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 from attrs import asdict, field, frozen
 
-from longspan.spec.backend import BackendInfo, Reason
+from longspan.spec.backend import BackendInfo, Capabilities, Reason
 from longspan.spec.problem import Problem
 
-__all__ = ["Candidate", "Resolution", "Verdict"]
+__all__ = ["Candidate", "Resolution", "Verdict", "Way", "native_refusals"]
 
 
 def _no_reasons(problem: Problem) -> Iterable[Reason]:
@@ -31,6 +31,18 @@ class Candidate:
         return self.info.name
 
 
+class Way(Protocol):
+    """How a backend runs a problem: `longspan.lowering.route` has them all."""
+
+    @property
+    def kind(self) -> str:
+        """One of native, dense calls, blocks and mask."""
+
+    @property
+    def problem(self) -> Problem:
+        """What is run: dense attention for a block-sparse pattern that keeps everything, say."""
+
+
 @frozen
 class Verdict:
     """What became of one candidate: `ok` says that it can serve the problem; `reasons` why not, or why not by auto."""
@@ -45,23 +57,36 @@ class Resolution:
     """Who was chosen for a problem, who decided, and what was held against each of the others.
 
     `chosen` is None where nothing fits, or where the backend that was `asked` for by name does not. `decided_by` is
-    argument, context, environment or auto; `candidates` are in auto's order, those that fit first.
+    argument, context, environment or auto; `choice` says why; `candidates` are in auto's order, those that fit first.
+    `route` is the way that the problem runs with the backend chosen: `route.kind` is one of native, dense calls, blocks
+    (in batches) and mask (dense attention under one). That of a plan is what the plan holds.
     """
 
     problem: Problem
     chosen: str | None
     decided_by: str
-    why: str
+    choice: str
     candidates: tuple[Verdict, ...]
     notes: tuple[str, ...] = ()
     asked: str | None = None
+    route: Way | None = field(default=None, eq=False, repr=False)
+
+    @property
+    def why(self) -> str:
+        """Why this backend, and which way the problem runs with it."""
+        if self.chosen is None:
+            return self.choice
+        how = "" if self.route is None else f" runs {self.route}"
+        problem = self.problem if self.route is None else self.route.problem
+        return f"{self.choice}; {problem.pattern.kind}{how} on {problem.device.name}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: chosen, decided_by, why, problem, notes and candidates with their reasons."""
+        """Plain values: chosen, decided_by, why, route, problem, notes and candidates with their reasons."""
         return {
             "chosen": self.chosen,
             "decided_by": self.decided_by,
             "why": self.why,
+            "route": None if self.route is None else self.route.kind,
             "problem": str(self.problem),
             "notes": list(self.notes),
             "candidates": [asdict(candidate) for candidate in self.candidates],
@@ -86,3 +111,20 @@ class Resolution:
             lines.append(f"  {verdict.name:<{width}}  {word:<6}  {'; '.join(map(str, verdict.reasons))}".rstrip())
         lines.append(f"decided by {self.decided_by}: {self.why}")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def native_refusals(problem: Problem, can: Capabilities) -> list[Reason]:
+    """Why a kernel that runs the pattern natively does not take the problem as it is."""
+    fix = "choose another backend"
+    found = []
+    if problem.documents is not None and not can.documents:
+        found.append(Reason("documents", "cu_seqlens", "packed documents", "one document", fix))
+    if problem.kv_heads != problem.heads and not can.gqa:
+        heads = f"{problem.kv_heads} for {problem.heads} query heads"
+        found.append(Reason("gqa", "kv_heads", heads, "as many as query heads", fix))
+    shifted = problem.query_offset or problem.q_len != problem.kv_len
+    if shifted and (problem.is_causal or problem.pattern.positional) and not can.query_offset:
+        found.append(Reason("query_offset", "query_offset", str(problem.query_offset), "as many queries as keys", fix))
+    if problem.dropout_p:
+        found.append(Reason("dropout", "dropout_p", str(problem.dropout_p), "0.0", "pass dropout_p=0.0"))
+    return found

@@ -17,8 +17,10 @@ from torch import Tensor
 
 import longspan
 from longspan.errors import ArgumentError, LongspanError
+from longspan.execution.runner import Saved
+from longspan.lowering.route import Lowering
 from longspan.patterns.blocks.builders import random_blocks
-from longspan.planning.runners import make_runner
+from longspan.planning.build import build
 from longspan.spec.pattern import Dense, Pattern
 from longspan.spec.problem import Problem
 from longspan.tools.bench.baselines import Contest, against_bigbird, against_flex, against_longformer, need_transformers
@@ -199,10 +201,11 @@ def tiles(rows: Rows, backend: str, tokens: int, dtype: str, rounds: int) -> Non
     races: dict[str, Sides] = {"forward": {}, "backward": {}}
     with torch.inference_mode():
         for name, pattern in patterns.items():
-            runner = make_runner(Problem.like(query, key, value, pattern), backend, weighs=False)
+            runner, _ = build(Lowering(Problem.like(query, key, value, pattern), may_mask=False), backend)
             out, lse = runner.forward(query, key, value, None)
+            saved = Saved(query, key, value, out, lse)
             races["forward"][name] = partial(runner.forward, query, key, value, None)
-            races["backward"][name] = partial(runner.backward, dout, query, key, value, out, lse, None, None)
+            races["backward"][name] = partial(runner.backward, saved, dout, None, None)
         for direction, sides in races.items():
             seconds = interleave(sides, rounds=rounds)
             rows.race(f"{backend} {dtype} N={tokens} {direction} as blocks", seconds)

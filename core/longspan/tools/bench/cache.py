@@ -17,6 +17,7 @@ from longspan.patterns.dilated import Dilated
 from longspan.patterns.window import SlidingWindow
 from longspan.planning.attention import plan_for
 from longspan.planning.plan import plan
+from longspan.spec.inputs import Arguments
 from longspan.spec.pattern import Dense, Pattern
 from longspan.spec.problem import Problem
 from longspan.tools.bench.options import positive
@@ -90,8 +91,8 @@ def _model(layers: int = 12, steps: int = 100) -> dict[str, Any]:
     for _ in range(steps * layers):
         plan(problem, backend="sdpa", pattern_cache=store)
     x = torch.zeros(1, 2, 40, 8, dtype=torch.float32, device="cpu")
-    given = (Dilated((7, 40), (1, 2)), True, None, 0.0, False, None, None, "sdpa")
-    made = {id(plan_for(x, x, x, *given)) for _ in range(steps * layers)}
+    given = Arguments(Dilated((7, 40), (1, 2)), is_causal=True)
+    made = {id(plan_for(x, x, x, given, "sdpa")) for _ in range(steps * layers)}
     stats = store.stats
     return {
         "layers": layers,
