@@ -56,11 +56,13 @@ def longspan_kernel(problem: Problem, layout: Any, buffers: Workspace) -> Kernel
 
 
 def _dense_kernel(problem: Problem) -> Kernel:
+    from longspan_plugins.block_sparse_batched.blocks import gradients
+
     is_causal, scale = problem.is_causal, problem.scale
     wide = torch.float64 if problem.dtype == "float64" else torch.float32
 
     def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, v = _together(wide, query, key, value)
+        q, k, v = _flattened(wide, query, key, value)
         scores = _scores(q, k, is_causal, scale)
         weights = scores.softmax(-1)
         lse = scores.amax(-1).sub_(weights.amax(-1).log_())
@@ -73,26 +75,25 @@ def _dense_kernel(problem: Problem) -> Kernel:
     def run(
         dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        q, do, o = _together(wide, query, dout, out)
-        k, v = _together(wide, key, value)
+        q, do, o = _flattened(wide, query, dout, out)
+        k, v = _flattened(wide, key, value)
         weights = _scores(q, k, is_causal, scale).sub_(lse.reshape(*q.shape[:2], 1).to(wide)).exp_()
-        slope = (do @ v.mT).sub_((do * o).sum(-1, keepdim=True)).mul_(weights).mul_(scale)
-        grads = (slope @ k, query), (slope.mT @ q, key), (weights.mT @ do, value)
-        dquery, dkey, dvalue = (grad.view(like.shape).to(like.dtype) for grad, like in grads)
+        both = zip(gradients(weights, do, q, k, v, o, scale), (query, key, value), strict=True)
+        dquery, dkey, dvalue = (grad.view(like.shape).to(like.dtype) for grad, like in both)
         return dquery, dkey, dvalue
 
     def backward(
         dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        found = run(dout, query, key, value, out, lse)
-        if not is_causal or nonfinite.is_finite(*found):  # else hidden weights of 0 were multiplied with NaN
-            return found
+        grads = run(dout, query, key, value, out, lse)
+        if not is_causal or nonfinite.is_finite(*grads):  # else hidden weights of 0 were multiplied with NaN
+            return grads
         return nonfinite.backward(run, dout, query, key, value, out, lse, scale=scale, mask=None)
 
     return Kernel(forward, backward, ("aten::baddbmm", "aten::bmm"))
 
 
-def _together(wide: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+def _flattened(wide: torch.dtype, *tensors: Tensor) -> list[Tensor]:
     """Tensors as `(batch * heads, rows, head_dim)`: views where they can be, else copied by a launch for all."""
     if all(x.stride(0) == x.shape[1] * x.stride(1) for x in tensors) or len({x.shape for x in tensors}) > 1:
         return [x.flatten(0, 1).to(wide) for x in tensors]
