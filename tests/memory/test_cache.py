@@ -409,6 +409,28 @@ def test_plans_are_right_and_warm_calls_ask_nobody_whatever_is_moved(monkeypatch
     assert store.stats.promotions == 12 and store.stats.demotions == 10  # the last two were in use at the last move
 
 
+def test_copies_made_in_inference_mode_serve_outside_of_it():
+    store, _ = on_a_device()
+    layout = kept(store, "a")
+    with torch.inference_mode():
+        (first, _), masks = store.device_copy("a", layout, "index", index(), CPU).value
+    assert not first.rows.is_inference() and not masks[0, 0].is_inference()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_of_a_fork_has_the_copies_of_its_plans():
+    store, _ = on_a_device()
+    plan = sparse_plan(RAGGED, store)
+    x = torch.randn(1, 2, RAGGED, 4)
+    want = plan(x, x, x)[0]
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        same = torch.equal(plan(x, x, x)[0], want) and torch.equal(sparse_plan(RAGGED, store)(x, x, x)[0], want)
+        os._exit(0 if same and store.stats.device_bytes > 0 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_a_store_of_somebody_elses_leaves_the_copies_to_the_plan():
     store = Recording()
     plan = sparse_plan(RAGGED, store)
