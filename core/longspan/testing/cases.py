@@ -227,9 +227,9 @@ def _patterns(can: Capabilities) -> Iterator[_Draft]:
         yield _Draft(name, "patterns", changes, quick=quick, where=True)
         yield _Draft(f"{name}-causal", "patterns", {**changes, "is_causal": True}, quick=quick, where=True)
     if "dense" in can.patterns:
-        many = contract("a kernel may be called with any batch and heads: strips come as entries", "take any batch")
-        strips = {"batch": 3, "heads": 5, "kv_heads": 5, "pattern": Dilated((4, 16), (2, 1))}
-        yield _Draft("strips", many, strips, quick=True)
+        many = contract("a kernel may be called with any batch and heads: segments come as entries", "take any batch")
+        segments = {"batch": 3, "heads": 5, "kv_heads": 5, "pattern": Dilated((4, 16), (2, 1))}
+        yield _Draft("segments", many, segments, quick=True)
         joint = contract("out and lse may be those of more keys than a backward is given", _JOINT_FIX)
         yield _Draft("keys-in-two", joint, {"q_len": 12, "kv_len": 24}, ("joint",), quick=True)
 
