@@ -22,7 +22,8 @@ import longspan as ls
 from longspan.lowering.dense import lower
 from longspan.testing import oracle
 from longspan_plugins.cpu_fused import binding, library, native
-from longspan_plugins.cpu_fused.program import TILE, Program, program_for
+from longspan_plugins.cpu_fused.patterns import program_for
+from longspan_plugins.cpu_fused.program import TILE, Program
 
 NATIVE = pytest.mark.skipif(library.compiler() is None, reason="no C compiler: there are no native kernels")
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}
@@ -600,7 +601,7 @@ SHARED = {
 @pytest.mark.parametrize("name", SHARED)
 def test_every_tile_is_in_one_share(name, count):
     from longspan_plugins.cpu_fused.library import load
-    from longspan_plugins.cpu_fused.program import program_for
+    from longspan_plugins.cpu_fused.patterns import program_for
     from longspan_plugins.cpu_fused.shares import share
 
     pattern, more = SHARED[name]

@@ -9,7 +9,8 @@ from torch.nn import Parameter
 
 import longspan as ls
 from longspan_plugins.cpu_fused import library, native
-from longspan_plugins.cpu_fused.program import Program, program_for
+from longspan_plugins.cpu_fused.patterns import program_for
+from longspan_plugins.cpu_fused.program import Program
 from small import assert_same, qkv, randn
 
 NATIVE = pytest.mark.skipif(library.compiler() is None, reason="no C compiler: there are no native kernels")

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 import longspan as ls
 from longspan.testing import oracle
 from longspan_plugins.cpu_fused import library, native
-from longspan_plugins.cpu_fused.program import program_for
+from longspan_plugins.cpu_fused.patterns import program_for
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 8e-2, torch.float16: 1e-2}
 AGAIN = "Again: python tests/sanitizers/fuzz.py --seed {} --only {}"

@@ -52,7 +52,7 @@ def longspan_capabilities() -> Capabilities:
 def longspan_pattern(problem: Problem) -> Any:
     """Tiles and segments, where the kernels run the pattern as it is; None leaves it to be lowered."""
     from longspan_plugins.cpu_fused.library import load, missing
-    from longspan_plugins.cpu_fused.program import program_for
+    from longspan_plugins.cpu_fused.patterns import program_for
 
     if missing():
         return None

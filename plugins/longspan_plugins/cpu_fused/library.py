@@ -30,6 +30,7 @@ from torch import Tensor
 from longspan.plugin import compiled
 from longspan_plugins.cpu_fused.binding import WORDS
 from longspan_plugins.cpu_fused.gate import check_made
+from longspan_plugins.cpu_fused.table import integers
 
 __all__ = ["Library", "compiler", "failure", "installing", "load", "missing"]
 
@@ -58,7 +59,7 @@ class Library:
     ) -> list[int]:
         """How many tiles, segments, rows and keys heads with these branches (w, r, s) have; written where told to."""
         assert self.handle is not None  # callers ask for a program only then
-        told, rows = (ctypes.c_int64 * 4)(), torch.tensor(branches, dtype=torch.int64, device="cpu")
+        told, rows = (ctypes.c_int64 * 4)(), integers(branches)
         rows_at, documents_at = check_made(rows, torch.int64), check_made(documents, torch.int64)
         refused = self.handle.longspan_dilated(
             *(ctypes.c_int64(len(branches)), ctypes.c_void_p(rows_at)),

@@ -16,7 +16,7 @@ from longspan_plugins.cpu_fused.gate import Passed, check_made, passed, passed_i
 from longspan_plugins.cpu_fused.library import Library
 from longspan_plugins.cpu_fused.program import TILE, Program, check_program
 from longspan_plugins.cpu_fused.shares import Shares, share
-from longspan_plugins.cpu_fused.table import Table
+from longspan_plugins.cpu_fused.table import Table, integers
 
 __all__ = ["OPERATOR", "kernel"]
 
@@ -202,7 +202,7 @@ def _sums(sums: Sequence[tuple[Pair, int]]) -> Table:
         shift = dkey.element_size() * first * dkey.stride(2)
         addresses = (check_made(tensor, torch.float32) - shift for tensor in both)
         rows.append([*addresses, dkey.stride(0), dkey.stride(1)])
-    return Table.of(torch.tensor(rows, dtype=torch.int64, device="cpu"))
+    return Table.of(integers(rows))
 
 
 class _Untraced:

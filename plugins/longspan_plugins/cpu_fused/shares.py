@@ -16,7 +16,7 @@ from attrs import frozen
 from torch import Tensor
 
 from longspan_plugins.cpu_fused.program import Program
-from longspan_plugins.cpu_fused.table import Table
+from longspan_plugins.cpu_fused.table import Table, counting, integers
 
 __all__ = ["Shares", "share"]
 
@@ -64,7 +64,7 @@ def share(program: Program, count: int) -> Shares:
         sums = max((_most_sums(program, *tiles) for tiles in ranges), default=0)
         if count == 1:
             return Shares(
-                Table.of(torch.tensor(ranges, dtype=torch.int64, device="cpu").view(-1, 1, 2)),
+                Table.of(integers(ranges).view(-1, 1, 2)),
                 ((0, int(high.max()) if len(high) else 0),),
                 None,
                 sums,
@@ -84,10 +84,8 @@ def share(program: Program, count: int) -> Shares:
 def _segments(program: Program, tiles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The segments of some tiles: the tile's number among them, the segment, and the key after its last."""
     first, many = tiles[:, 4], tiles[:, 5] - tiles[:, 4]
-    tile = torch.repeat_interleave(torch.arange(len(tiles), dtype=torch.int64, device="cpu"), many)
-    place = torch.arange(len(tile), dtype=torch.int64, device="cpu") - torch.repeat_interleave(
-        many.cumsum(0) - many - first, many
-    )
+    tile = torch.repeat_interleave(counting(len(tiles)), many)
+    place = counting(len(tile)) - torch.repeat_interleave(many.cumsum(0) - many - first, many)
     mine = program.segments.tensor()[place]
     return tile, mine, mine[:, 0] + (mine[:, 2] - 1) * mine[:, 1] + 1
 
@@ -119,7 +117,7 @@ def _cuts(work: Tensor, count: int) -> list[int]:
     """Where runs of about equal work begin and end."""
     done = work.cumsum(0)
     total = int(done[-1]) if len(done) else 0
-    wanted = torch.tensor([total * part // count for part in range(1, count)], dtype=torch.int64, device="cpu")
+    wanted = integers([total * part // count for part in range(1, count)])
     return [0, *torch.searchsorted(done, wanted).tolist(), len(work)]
 
 
@@ -148,4 +146,4 @@ def _disjoint(runs: Runs, keys: list[tuple[int, int]], low: Tensor) -> tuple[Run
 
 
 def _table(runs: Runs) -> Table:
-    return Table.of(torch.tensor(runs, dtype=torch.int64, device="cpu").view(len(runs), -1, 2))
+    return Table.of(integers(runs).view(len(runs), -1, 2))

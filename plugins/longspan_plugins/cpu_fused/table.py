@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from typing import Any
 
 import torch
 from attrs import field, frozen
@@ -11,7 +12,17 @@ from torch import Tensor
 
 from longspan_plugins.cpu_fused.gate import check_made, plain
 
-__all__ = ["Table"]
+__all__ = ["Table", "counting", "integers"]
+
+
+def counting(*ends: int) -> Tensor:
+    """`torch.arange` in int64 on the CPU, whatever torch's defaults are."""
+    return torch.arange(*ends, dtype=torch.int64, device="cpu")
+
+
+def integers(values: Any) -> Tensor:
+    """Numbers, or rows of them, as an int64 tensor on the CPU."""
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
 @frozen(repr=False)

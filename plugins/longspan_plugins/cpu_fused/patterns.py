@@ -1,0 +1,109 @@
+"""The program of each pattern: bands of keys for dense attention and windows, branches for dilated, blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import lcm
+
+import torch
+
+from longspan.plugin import BlockSparse, Dense, Dilated, Problem, SlidingWindow
+from longspan_plugins.cpu_fused.blocks import block_program
+from longspan_plugins.cpu_fused.library import Library
+from longspan_plugins.cpu_fused.program import FAR, TILE, Part, Program, Span, assemble, columns, covers, spans
+from longspan_plugins.cpu_fused.table import Table, counting, integers
+
+__all__ = ["program_for"]
+
+FEW = 8
+"""Queries that leave most lanes of a vector empty: torch's operators serve fewer."""
+MOST_BRANCHES, LONGEST_PERIOD = 32, 1024
+"""What `dilated.h` holds: branches of a head, and the least common multiple of their rates."""
+
+
+def program_for(problem: Problem, library: Library) -> Program | None:
+    """The problem's program; None where tiles would be too small to pay: few queries, or few rows between cuts."""
+    pattern = problem.pattern
+    if max((span.queries for span in spans(problem)), default=0) < FEW or problem.query_offset >= FAR // 2:
+        return None
+    if isinstance(pattern, BlockSparse):
+        return block_program(problem)
+    if isinstance(pattern, Dilated):
+        return _dilated(problem, pattern, library)
+    if isinstance(pattern, Dense):
+        before, after = FAR, 0 if problem.is_causal else FAR
+    elif isinstance(pattern, SlidingWindow):
+        before, after = min(pattern.left, FAR), 0 if problem.is_causal else min(pattern.right, FAR)
+    else:
+        return None
+    parts = [_banded(span, before, after) for span in spans(problem)]
+    return assemble([parts], torch.zeros(problem.heads, dtype=torch.int64, device="cpu"), covers(problem))
+
+
+def _banded(span: Span, before: int, after: int) -> Part:
+    """Contiguous tiles, each with the one run of keys that any of its rows may see."""
+    start = counting(0, span.queries, TILE)
+    count = (span.queries - start).clamp(max=TILE)
+    position = start + span.first
+    low = (position - before).clamp(min=0, max=span.keys) if before < FAR else torch.zeros_like(start)
+    high = (position + count + after).clamp(max=span.keys) if after < FAR else torch.full_like(start, span.keys)
+    number = counting(len(start))
+    tiles = columns(start + span.query_start, 1, count, position, number, number + 1)
+    segments = columns(low + span.key_start, 1, (high - low).clamp(min=0), low, before, after, -1, 0, 0)
+    return tiles, segments
+
+
+# --------------------------------------------------------------------------------------------------------- dilated
+
+Branch = tuple[int, int, int]
+"""Segment length, rate and offset."""
+
+
+def _dilated(problem: Problem, pattern: Dilated, library: Library) -> Program | None:
+    """One softmax over all branches of a row: rows with the same branches and step are tiles of their own."""
+    kinds: dict[tuple[Branch, ...], int] = {}
+    of_head = torch.tensor(
+        [kinds.setdefault(one, len(kinds)) for one in _branches_of_heads(pattern, problem.heads)],
+        dtype=torch.int64,
+        device="cpu",
+    )
+    period = lcm(*(r for branches in kinds for _, r, _ in branches))
+    shortest = min(*pattern.segment_lengths, problem.kv_len)
+    if (
+        max(pattern.dilation_rates) > shortest
+        or shortest // period < TILE // 4
+        or period > LONGEST_PERIOD
+        or len(pattern.segment_lengths) > MOST_BRANCHES
+    ):
+        return None
+    documents = integers([[s.query_start, s.key_start, s.first, s.queries, s.keys] for s in spans(problem)])
+    listings = [library.dilated(branches, documents, problem.is_causal) for branches in kinds]
+    tiles, segments = (Table.blank(sum(one[i] for one in listings), width) for i, width in ((0, 6), (1, 9)))
+    ranges, first, base = [], 0, 0
+    for branches, (many, more, _, _) in zip(kinds, listings, strict=True):
+        library.dilated(branches, documents, problem.is_causal, tiles.address + 48 * first, segments.address, base)
+        ranges.append((first, first + many))
+        first, base = first + many, base + more
+    covered = all(rows == problem.q_len for _, _, rows, _ in listings)
+    keys = sum(keys for *_, keys in listings)
+    return Program(
+        tiles,
+        segments,
+        Table.of(integers(ranges)),
+        Table.of(of_head),
+        covered,
+        keys,
+    )
+
+
+def _branches_of_heads(pattern: Dilated, heads: int) -> Iterator[tuple[Branch, ...]]:
+    lengths = (min(w, FAR) for w in pattern.segment_lengths)
+    pairs = list(zip(lengths, pattern.dilation_rates, strict=True))
+    if pattern.heads == "grouped":
+        size, more = divmod(heads, len(pairs))
+        for number, (w, r) in enumerate(pairs):
+            for _ in range(size + (number < more)):
+                yield ((w, r, number % r),)
+        return
+    for head in range(heads):
+        yield tuple((w, r, head % r if pattern.offset == "modulo" else head // -(-heads // r)) for w, r in pairs)
