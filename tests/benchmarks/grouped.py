@@ -10,45 +10,31 @@ import subprocess
 import sys
 
 import torch
-import torch.nn.functional as F
 
 import longspan as ls
+from longspan.tools.bench.kernels import grouped_by_hand
 from longspan.tools.bench.sidebyside import interleave, report, summary
 
 PATTERN = ls.Dilated((2048, 4096), (1, 2), heads="grouped")
 
 
-def by_hand(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool) -> torch.Tensor:
-    """What a user would write for this one pattern, batch of one."""
-    _, heads, length, dim = query.shape
-    out = torch.zeros_like(query)
-    half = heads // 2
-    for group, (w, r, s) in enumerate(((2048, 1, 0), (4096, 2, 1))):
-        mine = slice(group * half, (group + 1) * half)
-        cut = [x[0, mine].view(half, length // w, w, dim)[:, :, s::r] for x in (query, key, value)]
-        part = F.scaled_dot_product_attention(*cut, is_causal=is_causal)
-        out[0, mine].view(half, length // w, w, dim)[:, :, s::r] = part
-    return out
-
-
 def peak(side: str) -> int:
     """Bytes of resident memory that one call adds at its peak, in a process of its own."""
     code = f"""
-import resource, sys, torch
+import sys, torch
 sys.path.insert(0, {__file__.rsplit("/", 1)[0]!r})
 import grouped
 import longspan as ls
+from longspan.tools.bench.kernels import grouped_by_hand
+from longspan.tools.meter import PeakMemory
 x = [torch.randn(1, 8, 8192, 64) for _ in range(3)]
 small = [t[:, :, :4096].contiguous() for t in x]
-run = (lambda q, k, v: grouped.by_hand(q, k, v, True)) if {side!r} == "by hand" else (
+run = (lambda q, k, v: grouped_by_hand(q, k, v, True)) if {side!r} == "by hand" else (
     lambda q, k, v: ls.attention(q, k, v, grouped.PATTERN, is_causal=True, backend="sdpa"))
 run(*small)
-status = open("/proc/self/clear_refs", "w"); status.write("5"); status.close()
-def kib(field):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
-before = kib("VmRSS")
-out = run(*x)
-print(1024 * (kib("VmHWM") - before) - out.numel() * out.element_size())
+with PeakMemory(torch.device("cpu")) as memory:
+    out = run(*x)
+print(round(memory.mib * 2**20) - out.nbytes)
 """
     return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
@@ -59,7 +45,7 @@ def main() -> None:
     result = {}
     for is_causal in (False, True):
         sides = {
-            "by hand": lambda c=is_causal: by_hand(*tensors, c),
+            "by hand": lambda c=is_causal: grouped_by_hand(*tensors, c),
             "longspan": lambda c=is_causal: ls.attention(*tensors, PATTERN, is_causal=c, backend="sdpa"),
         }
         with torch.inference_mode():

@@ -11,22 +11,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 
 import torch
 
 import longspan as ls
 from longspan.tools.bench.sidebyside import report
+from longspan.tools.meter import PeakMemory, timed
 
 PATTERN = ls.Dilated((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12))
 TOKENS = (8192, 16384, 32768, 65536)
 HEADS, DIM = 8, 64
-
-
-def resident(field: str) -> int:
-    """Bytes, out of /proc/self/status."""
-    with open("/proc/self/status") as status:
-        return 1024 * next(int(line.split()[1]) for line in status if line.startswith(field))
 
 
 def step(tokens: int) -> tuple[int, float]:
@@ -43,11 +37,9 @@ def step(tokens: int) -> tuple[int, float]:
     torch.manual_seed(0)
     run(*inputs(512))  # libraries loaded, threads started
     tensors = inputs(tokens)
-    with open("/proc/self/clear_refs", "w") as peak:
-        peak.write("5")  # the high-water mark starts again from here
-    before, start = resident("VmRSS"), time.perf_counter()
-    run(*tensors)
-    return resident("VmHWM") - before, time.perf_counter() - start
+    with PeakMemory(torch.device("cpu")) as peak:
+        _, ms = timed(lambda: run(*tensors), torch.device("cpu"))
+    return round(peak.mib * 2**20), 1e-3 * ms
 
 
 def measure(tokens: int) -> tuple[int, float]:

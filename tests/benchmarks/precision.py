@@ -24,6 +24,7 @@ from torch import Tensor
 import longspan as ls
 from longspan.numerics.dropout import Dropout
 from longspan.testing import tolerance
+from longspan.testing.answers import dense
 from longspan.testing.oracle import visible
 from longspan.tools.bench.sidebyside import machine
 
@@ -99,22 +100,14 @@ def attend(case: Case, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> list[
     q, k, v = (x.to(dtype).requires_grad_() for x in tensors[:3])
     queries, keys = case.lengths
     counts = visible(case.chosen(), case.heads, queries, keys, **case.arguments())
-    bare = (counts == 0).all(-1)
     scale = case.dim**-0.5 if case.scale is None else case.scale
-    group = case.heads // case.kv_heads
-    scores = (q @ k.repeat_interleave(group, 1).mT) * scale
-    if not bool((counts == 1).all()):
-        scores = (scores + counts.double().log().to(dtype)).masked_fill(bare.unsqueeze(-1), 0.0)
-    del counts
-    weights = scores.softmax(-1).masked_fill(bare.unsqueeze(-1), 0.0)
-    lse = scores.logsumexp(-1).masked_fill(bare, -math.inf)
+    factors = None
     if case.dropout:
         every = slice(None)
         lines, rows = torch.arange(case.heads).view(1, -1), torch.arange(queries) + case.arguments()["query_offset"]
         places = (x.expand(1, case.heads, -1) for x in (rows, torch.arange(keys)))
-        drawn = Dropout(case.dropout, SEED, lines, *places)
-        weights = weights * drawn.factors(every, every, every, torch.float64).to(dtype)
-    out = weights @ v.repeat_interleave(group, 1)
+        factors = Dropout(case.dropout, SEED, lines, *places).factors(every, every, every, torch.float64)
+    out, lse = dense(q, k, v, counts, scale, factors)
     return [out.detach(), lse.detach(), *torch.autograd.grad(out, (q, k, v), tensors[3].to(dtype))]
 
 

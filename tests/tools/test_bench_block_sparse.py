@@ -12,7 +12,7 @@ import longspan as ls
 from longspan.errors import ArgumentError, LongspanError
 from longspan.tools import cli
 from longspan.tools.bench import baselines, block_sparse, catalog
-from longspan.tools.bench.baselines import Contest, against_bigbird, against_flex, against_longformer
+from longspan.tools.bench.baselines import Comparison, against_bigbird, against_flex, against_longformer
 from longspan.tools.bench.long_window import LongWindow, measure_window
 from longspan.tools.bench.rows import Rows
 
@@ -107,18 +107,18 @@ def test_without_limits_nothing_is_judged():
     assert rows.rows and not any("limit" in row or "holds" in row for row in rows.rows)
 
 
-# -------------------------------------------------------------------------------------------------------------- rivals
+# ----------------------------------------------------------------------------------------------------------- baselines
 
 
-def test_a_rival_that_computes_something_else_is_not_timed():
-    def contest(theirs):
-        return Contest("work", lambda: torch.ones(2), lambda: theirs, {"density": 0.5})
+def test_a_baseline_that_computes_something_else_is_not_timed():
+    def comparison(theirs):
+        return Comparison("work", lambda: torch.ones(2), lambda: theirs, {"density": 0.5})
 
     rows = Rows()
     with pytest.raises(AssertionError):
-        block_sparse.rivals(rows, iter([contest(torch.zeros(2))]), 1)
+        block_sparse.compare_baselines(rows, iter([comparison(torch.zeros(2))]), 1)
     assert not rows.rows
-    block_sparse.rivals(rows, iter([contest(torch.ones(2))]), 3)
+    block_sparse.compare_baselines(rows, iter([comparison(torch.ones(2))]), 3)
     (row,) = rows.rows
     assert row["work"] == "work" and row["limit"] == ">= 1" and row["density"] == 0.5 and row["apart"] == 0.0
     assert set(rows.rounds["work"]) == {"ours", "theirs"}

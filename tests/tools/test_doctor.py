@@ -509,23 +509,23 @@ def test_a_gpu_that_torch_cannot_use_is_listed_with_the_line(two_gpus, monkeypat
     monkeypatch.setattr(torch.version, "hip", None)
     here = machine()
     assert here.torch_build == "CPU only"
-    for place in here.places[1:3]:
-        assert "without CUDA" in place.why
-        assert place.fix == "pip install --force-reinstall torch"
-    assert here.devices == (Device("cpu"),)
+    for local in here.devices[1:3]:
+        assert "without CUDA" in local.why
+        assert local.fix == "pip install --force-reinstall torch"
+    assert here.usable == (Device("cpu"),)
 
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90"])
     here = machine()
     assert here.torch_build == "CUDA 12.8"
-    old, new = here.places[1:3]
+    old, new = here.devices[1:3]
     assert "built for sm_75, sm_80, sm_90 only" in old.why
     assert old.fix.startswith("pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/")
     assert (new.why, new.fix) == ("", "")
-    assert here.devices == (Device("cpu"), HOPPER)
+    assert here.usable == (Device("cpu"), HOPPER)
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    assert machine().places[2].fix == "unset CUDA_VISIBLE_DEVICES"
+    assert machine().devices[2].fix == "unset CUDA_VISIBLE_DEVICES"
     assert torch.cuda.is_initialized() is False
 
 

@@ -68,15 +68,15 @@ _kept: OrderedDict[Hashable, Answer] = OrderedDict()
 
 def known_answer(key: Hashable, problem: Problem, inputs: Inputs) -> Answer:
     """`answer`, made once for each key while memory lasts: backends have most of their cases in common."""
-    found = _kept.pop(key, None)
-    if found is None:
-        found = answer(problem, inputs)
+    known = _kept.pop(key, None)
+    if known is None:
+        known = answer(problem, inputs)
         if not problem.requires_grad:
-            found.forget()
-    _kept[key] = found
-    while sum(one.nbytes for one in _kept.values()) > KEPT_BYTES and len(_kept) > 1:
+            known.forget()
+    _kept[key] = known
+    while sum(kept.nbytes for kept in _kept.values()) > KEPT_BYTES and len(_kept) > 1:
         _kept.popitem(last=False)
-    return found
+    return known
 
 
 def answer(problem: Problem, inputs: Inputs) -> Answer:
@@ -156,8 +156,8 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `out`, and of `lse` where it has one."""
     outputs, given = ((out,), (dout,)) if dlse is None else ((out, lse), (dout, dlse))
-    found = torch.autograd.grad(outputs, inputs, [x.to(y) for x, y in zip(given, outputs, strict=True)])
-    return found[0], found[1], found[2]
+    grads = torch.autograd.grad(outputs, inputs, [x.to(y) for x, y in zip(given, outputs, strict=True)])
+    return grads[0], grads[1], grads[2]
 
 
 def _leaves(query: Tensor, key: Tensor, value: Tensor) -> Three:

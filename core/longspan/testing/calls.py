@@ -14,8 +14,8 @@ from torch import Tensor
 
 from longspan.planning.plan import Plan
 from longspan.testing import tolerance
-from longspan.testing.guard import only_read
 from longspan.testing.outcome import Breach
+from longspan.testing.side_effects import only_read
 from longspan.testing.tensors import Inputs
 from longspan.testing.workbench import OWN, Bench, Measures
 
@@ -64,8 +64,8 @@ def again(bench: Bench) -> Measures:
             copies.append(_copied(backwards[-1]))
         _check_kept(backwards, copies, NAMES[2:])
         measures += [
-            bench.judged_backward(found, inputs, right)
-            for found, inputs, right in zip(backwards, given, rights, strict=True)
+            bench.judged_backward(gradients, inputs, right)
+            for gradients, inputs, right in zip(backwards, given, rights, strict=True)
         ]
     return tuple(chain.from_iterable(measures))
 
@@ -92,8 +92,8 @@ def threads(bench: Bench) -> Measures:
     with ThreadPoolExecutor(THREADS) as pool:
         together = list(pool.map(run, range(THREADS)))
     for want, rounds in zip(alone, together, strict=True):
-        for found in rounds:
-            for name, x, y in zip(NAMES, found, want, strict=False):
+        for results in rounds:
+            for name, x, y in zip(NAMES, results, want, strict=False):
                 if tolerance.error(x, y) > slack:
                     raise Breach(f"with {THREADS} threads at once its {name} is another than that of one alone")
     return ()
@@ -113,8 +113,8 @@ def _copied(results: Results) -> Results:
 
 def _check_kept(results: Sequence[Results], copies: Sequence[Results], names: Sequence[str]) -> None:
     """No later call wrote to what an earlier one had returned."""
-    for found, copy in zip(results, copies, strict=True):
-        for name, x, y in zip(names, found, copy, strict=True):
+    for returned, copy in zip(results, copies, strict=True):
+        for name, x, y in zip(names, returned, copy, strict=True):
             if not torch.equal(x, y):
                 raise Breach(f"a second call changed the {name} that the first had returned", claim=OWN)
 

@@ -119,15 +119,15 @@ def cases_of(can: Capabilities, devices: Sequence[str] = ("cpu",), *, quick: boo
         return ()
     dims = _head_dims(can)
     plain = Problem(batch=2, heads=4, q_len=LENGTH, head_dim=_usual(dims), pattern=PATTERNS[kinds[0]])
-    found: list[Case] = []
+    cases: list[Case] = []
     for device in devices:
         for dtype in can.dtypes:
             base = plain.replace(dtype=dtype, device=Device.parse(device))
             for draft in _drafts(base, can, dims):
                 enough = dtype != _widest(can) and _lowered(draft, can)
                 if draft.quick or not (quick or enough):
-                    found += _cases(draft, base, can, device)
-    return (*found, *_refusals(plain.replace(dtype=can.dtypes[0], device=_device(can.devices[0])), can))
+                    cases += _cases(draft, base, can, device)
+    return (*cases, *_refusals(plain.replace(dtype=can.dtypes[0], device=_device(can.devices[0])), can))
 
 
 # ------------------------------------------------------------------------------------------------- what must be right
@@ -227,7 +227,7 @@ def _patterns(can: Capabilities) -> Iterator[_Draft]:
         yield _Draft(name, "patterns", changes, quick=quick, where=True)
         yield _Draft(f"{name}-causal", "patterns", {**changes, "is_causal": True}, quick=quick, where=True)
     if "dense" in can.patterns:
-        many = contract("a kernel may be called with any batch and heads: segments come as entries", "take any batch")
+        many = contract("any batch and heads: dense segments come as entries of a batch", "take any batch")
         segments = {"batch": 3, "heads": 5, "kv_heads": 5, "pattern": Dilated((4, 16), (2, 1))}
         yield _Draft("segments", many, segments, quick=True)
         joint = contract("out and lse may be those of more keys than a backward is given", _JOINT_FIX)

@@ -72,13 +72,13 @@ class Certificate:
     @cached_property
     def worst(self) -> dict[tuple[str, str], dict[str, Worst]]:
         """By (device, dtype), then by forward, lse and gradient: the error that came closest to its limit."""
-        found: dict[tuple[str, str], dict[str, Worst]] = {}
+        worst: dict[tuple[str, str], dict[str, Worst]] = {}
         for outcome in self.outcomes:
-            row = found.setdefault((outcome.case.device, outcome.case.problem.dtype), {}) if outcome.measures else {}
+            row = worst.setdefault((outcome.case.device, outcome.case.problem.dtype), {}) if outcome.measures else {}
             for measure in outcome.measures:
                 if measure.what not in row or measure.share > row[measure.what].measure.share:
                     row[measure.what] = Worst(measure, outcome.case.id)
-        return found
+        return worst
 
     def messages(self) -> tuple[str, ...]:
         """Why it is not conformant: for each claim that fails, its first case and how many more there are."""
@@ -112,7 +112,7 @@ class Certificate:
             "devices": [{"device": name, "is": str(Device.of(torch.device(name)))} for name in self.devices],
             "not_on_this_machine": list(self.absent),
             "worst": [
-                {"device": device, "dtype": dtype, **{what: _plain(one) for what, one in row.items()}}
+                {"device": device, "dtype": dtype, **{what: _plain(worst) for what, worst in row.items()}}
                 for (device, dtype), row in self.worst.items()
             ],
             "failures": [

@@ -16,9 +16,9 @@ from longspan.testing import tolerance
 from longspan.testing.answers import SEED, answer, sight
 from longspan.testing.calls import again, repeat, threads
 from longspan.testing.claims import claim_of
-from longspan.testing.guard import only_read
 from longspan.testing.nonfinite import breach_of_containment
 from longspan.testing.outcome import Breach
+from longspan.testing.side_effects import only_read
 from longspan.testing.sums import sums
 from longspan.testing.workbench import Bench, Measures
 

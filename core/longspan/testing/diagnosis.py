@@ -44,8 +44,8 @@ Guess = Callable[[], tuple[Tensor, Tensor]]
 def _guesses(problem: Problem, inputs: Inputs, can: Capabilities) -> Iterator[tuple[Claim, str, Guess]]:
     def of(changed: Problem, given: Inputs = inputs) -> Guess:
         def guess() -> tuple[Tensor, Tensor]:
-            found = answer(changed, given)
-            return found.out.detach(), found.lse.detach()
+            guessed = answer(changed, given)
+            return guessed.out.detach(), guessed.lse.detach()
 
         return guess
 

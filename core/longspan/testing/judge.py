@@ -21,9 +21,9 @@ def check_shapes(out: Tensor, lse: Tensor, query: Tensor) -> None:
         ("lse", lse, query.shape[:3], tolerance.wide(query.dtype)),
     ):
         if got.shape != shape or got.dtype != dtype or got.device != query.device:
-            found = f"{tuple(got.shape)} {got.dtype} on {got.device}"
+            shown = f"{tuple(got.shape)} {got.dtype} on {got.device}"
             want = f"{tuple(shape)} {dtype} on {query.device}"
-            raise Breach(f"{name} is {found}, want {want}", claim=contract("out like query; lse float32 or float64"))
+            raise Breach(f"{name} is {shown}, want {want}", claim=contract("out like query; lse float32 or float64"))
 
 
 def judge_forward(out: Tensor, lse: Tensor, right: Answer, exact: bool = True) -> tuple[Measure, ...]:

@@ -15,8 +15,8 @@ from longspan.testing.cases import Case, cases_of
 from longspan.testing.checks import CHECKS
 from longspan.testing.claims import Claim
 from longspan.testing.devices import claimed_devices
-from longspan.testing.guard import unchanged
 from longspan.testing.outcome import Breach, Declined, Outcome
+from longspan.testing.side_effects import unchanged
 from longspan.testing.workbench import Bench
 
 __all__ = ["LOADED", "backend_info", "cases_for", "one_thread", "run_case"]

@@ -36,7 +36,7 @@ def breach_of_containment(problem: Problem, run: Run, inputs: Inputs) -> None:
         token = source.shape[2] * 2 // 3
         marked = torch.zeros(source.shape[:3], dtype=torch.bool, device=source.device)
         marked[:, :, token] = True
-        blind = [~one for one in felt(seen, marked, name, problem.kv_heads)]
+        blind = [~rows for rows in felt(seen, marked, name, problem.kv_heads)]
         for number in (math.nan, math.inf, torch.finfo(source.dtype).max):
             edited = source.clone()
             edited[:, :, token] = number

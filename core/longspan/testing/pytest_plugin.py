@@ -95,7 +95,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]
     try:
         return (yield)
     except BackendUnavailable as refusal:
-        name, found = chosen_backend(pyfuncitem.config), refusal.resolution
-        if name is None or not isinstance(found, Resolution) or found.asked != name:
+        name, resolution = chosen_backend(pyfuncitem.config), refusal.resolution
+        if name is None or not isinstance(resolution, Resolution) or resolution.asked != name:
             raise
-        pytest.skip(f"{name} refuses: {'; '.join(map(str, found[name].reasons))}")
+        pytest.skip(f"{name} refuses: {'; '.join(map(str, resolution[name].reasons))}")

@@ -20,8 +20,8 @@ from torch import Tensor
 from longspan.testing import tolerance
 from longspan.testing.answers import SEED, Answer, Three, sight
 from longspan.testing.claims import Claim, backward_of
-from longspan.testing.guard import only_read
 from longspan.testing.outcome import Breach, Measure
+from longspan.testing.side_effects import only_read
 from longspan.testing.workbench import Bench, Measures
 
 __all__ = ["lost", "sums"]

@@ -1,6 +1,6 @@
-"""Others' attention on the same mask: torch's FlexAttention, Hugging Face's Longformer and BigBird.
+"""Baselines on the same mask: torch's FlexAttention, Hugging Face's Longformer and BigBird.
 
-Each contest has both sides compute the same thing from the same inputs; whoever runs it compares the results first.
+In each comparison both sides compute the same thing from the same inputs; whoever runs it compares the results first.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from longspan import BlockCSR, BlockSparse, Problem
 from longspan.errors import LongspanError
 from longspan.spec.installing import extra_line
 
-__all__ = ["Contest", "against_bigbird", "against_flex", "against_longformer", "need_transformers"]
+__all__ = ["Comparison", "against_bigbird", "against_flex", "against_longformer", "need_transformers"]
 
 HEAD_DIM = 64
 MODELS = "transformers.models."
 
 
 @frozen
-class Contest:
+class Comparison:
     """Two sides that compute the same: `ours` and `theirs`, each `() -> Tensor`, and what else is to be said."""
 
     work: str
@@ -42,7 +42,7 @@ class Contest:
 # ------------------------------------------------------------------------------------------------------ FlexAttention
 
 
-def against_flex(backend: str, tokens: int, heads: int, block_size: int = 128) -> Iterator[Contest]:
+def against_flex(backend: str, tokens: int, heads: int, block_size: int = 128) -> Iterator[Comparison]:
     """Compiled FlexAttention, forward, float32, on a random mask of 10 % and on a causal window of 1,024 tokens.
 
     Masks are made and the kernel is compiled beforehand, afresh; `compile_s` says how long that took.
@@ -64,7 +64,7 @@ def against_flex(backend: str, tokens: int, heads: int, block_size: int = 128) -
 
 def _flex(
     work: str, backend: str, tokens: int, heads: int, pattern: BlockSparse, is_causal: bool, seen: Callable[..., Tensor]
-) -> Contest:
+) -> Comparison:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     query, key, value = (torch.randn(1, heads, tokens, HEAD_DIM, dtype=torch.float32, device="cpu") for _ in range(3))
@@ -76,7 +76,7 @@ def _flex(
         run(query, key, value, block_mask=mask)
         took = time.perf_counter() - start
     made = longspan.plan(Problem.like(query, key, value, pattern=pattern, is_causal=is_causal), backend=backend)
-    return Contest(
+    return Comparison(
         f"{work} float32 forward: compiled FlexAttention's time / ours",
         lambda: made(query, key, value)[0],
         lambda: run(query, key, value, block_mask=mask),
@@ -125,7 +125,7 @@ def need_transformers(module: str = "transformers") -> Any:
 
 def against_longformer(
     backend: str, tokens: int, heads: int, window: int = 512, positions: tuple[int, ...] = ()
-) -> Contest:
+) -> Comparison:
     """`LongformerSelfAttention` in evaluation, float32, without padding and dropout.
 
     Theirs is the module's forward: three projections, the window, and with global `positions` their own three
@@ -157,7 +157,7 @@ def against_longformer(
         return _joined(out)
 
     words = f" and {len(positions)} global token{'s' * (len(positions) != 1)}" if positions else ""
-    return Contest(
+    return Comparison(
         f"window of {window}{words} N={tokens} float32 forward, projections included: Longformer's time / ours",
         ours,
         lambda: module(hidden, *given)[0],
@@ -165,7 +165,7 @@ def against_longformer(
     )
 
 
-def against_bigbird(backend: str, tokens: int, heads: int, block_size: int = 64, random: int = 3) -> Contest:
+def against_bigbird(backend: str, tokens: int, heads: int, block_size: int = 64, random: int = 3) -> Comparison:
     """`BigBirdBlockSparseAttention`, float32, with the random blocks that it draws itself in training, by seed 0.
 
     Theirs is the module's forward: three projections, the attention, and the `(heads, N, N)` weights that it always
@@ -198,13 +198,13 @@ def against_bigbird(backend: str, tokens: int, heads: int, block_size: int = 64,
     )
     masks = {"band_mask": band, "from_mask": from_mask, "to_mask": to_mask}
     masks |= {"from_blocked_mask": blocked, "to_blocked_mask": blocked}
-    pattern = BlockSparse(block_size, [_bigbird_blocks(tokens, block_size, one.tolist()) for one in drawn])
+    pattern = BlockSparse(block_size, [_bigbird_blocks(tokens, block_size, blocks.tolist()) for blocks in drawn])
 
     def ours() -> Tensor:
         query, key, value = (_projected(layer, hidden, heads) for layer in (module.query, module.key, module.value))
         return _joined(longspan.attention(query, key, value, pattern, backend=backend))
 
-    return Contest(
+    return Comparison(
         f"BigBird, blocks of {block_size}, {random} random N={tokens} float32 forward, projections included: "
         "BigBird's time / ours",
         ours,

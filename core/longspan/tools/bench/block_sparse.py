@@ -1,4 +1,4 @@
-"""Block-sparse attention on this CPU: time against density, against others on the same mask, and a million tokens.
+"""Block-sparse attention on this CPU: time against density, against baselines on the same mask, and a million tokens.
 
 Every ratio is of interleaved rounds in one run, on as many threads as `--threads` says.
 """
@@ -23,17 +23,23 @@ from longspan.patterns.blocks.builders import random_blocks
 from longspan.planning.build import build
 from longspan.spec.pattern import Dense, Pattern
 from longspan.spec.problem import Problem
-from longspan.tools.bench.baselines import Contest, against_bigbird, against_flex, against_longformer, need_transformers
+from longspan.tools.bench.baselines import (
+    Comparison,
+    against_bigbird,
+    against_flex,
+    against_longformer,
+    need_transformers,
+)
 from longspan.tools.bench.long_window import LongWindow, measure_window
 from longspan.tools.bench.options import positive
 from longspan.tools.bench.rows import Rows
 from longspan.tools.bench.sidebyside import interleave, ratio
 from longspan.tools.bench.steps import OnStep, Step, perform, silent
 
-__all__ = ["HELP", "NAME", "add_arguments", "densities", "million", "rivals", "run", "tiles"]
+__all__ = ["HELP", "NAME", "add_arguments", "compare_baselines", "densities", "million", "run", "tiles"]
 
 NAME = "block-sparse"
-HELP = "Block-sparse attention on this CPU: time against density, against others, and a million tokens."
+HELP = "Block-sparse attention on this CPU: time against density, against baselines, and a million tokens."
 
 LIMITS = {0.1: 1.25, 0.5: 1.15, 0.9: 1.15, 1.0: 1.05}
 """Density, and what its time over the dense time may be, in densities. 90 % is where blocks are to be no slower."""
@@ -48,7 +54,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--backend", default="cpu_fused", help="whose kernels (default: cpu_fused)")
     parser.add_argument("--parts", help=f"which of {','.join(PARTS)} (default: all that can run here)")
     parser.add_argument("--threads", type=positive, default=2, help="of torch (default: 2)")
-    parser.add_argument("--rounds", type=positive, default=7, help="of each race (default: 7)")
+    parser.add_argument("--rounds", type=positive, default=7, help="of each comparison (default: 7)")
     parser.add_argument("--quick", action="store_true", help="three rounds of shorter sequences: a look, not a claim")
 
 
@@ -74,10 +80,10 @@ def run(args: Namespace, on_step: OnStep = silent) -> dict[str, Any]:
         steps.append((f"{dtype}, time against density", work))
     if "flex" in parts:
         flex = against_flex(args.backend, tokens, HEADS)
-        steps.append(("against compiled FlexAttention", partial(rivals, rows, flex, rounds)))
+        steps.append(("against compiled FlexAttention", partial(compare_baselines, rows, flex, rounds)))
     if "transformers" in parts:
         models = _hugging_face(args.backend, 4096)
-        steps.append(("against Longformer and BigBird", partial(rivals, rows, models, rounds)))
+        steps.append(("against Longformer and BigBird", partial(compare_baselines, rows, models, rounds)))
     if "million" in parts:
         place, window = len(steps), LongWindow(args.backend, long, 1024, args.threads)
         work = partial(million, rows, window, lambda words: on_step(words, place, len(steps)))
@@ -145,7 +151,7 @@ def densities(
         backend: whose kernels.
         tokens: of the sequence.
         dtype: a torch dtype's name.
-        rounds: of each race, in which all densities and dense take part.
+        rounds: of each comparison, in which all densities and dense take part.
         limits: by density; without, rows have no limit.
         heads: of `HEAD_DIM` each.
         block_size: of the layouts.
@@ -156,27 +162,27 @@ def densities(
     )
     drawn = {f"{share:.0%}": random_blocks(share, block_size) for share in LIMITS}
     patterns: dict[str, Pattern] = {"dense": Dense(), **drawn}
-    races: dict[str, Sides] = {"forward": {}, "backward": {}}
+    directions: dict[str, Sides] = {"forward": {}, "backward": {}}
     dout = torch.randn(query.shape, dtype=torch.float32, device="cpu").to(query.dtype)
     with torch.inference_mode():
         for name, pattern in patterns.items():
             made = longspan.plan(Problem.like(query, key, value, pattern), backend=backend)
             results = made(query, key, value)
-            races["forward"][name] = partial(made, query, key, value)
-            races["backward"][name] = partial(made.backward, dout, query, key, value, *results)
+            directions["forward"][name] = partial(made, query, key, value)
+            directions["backward"][name] = partial(made.backward, dout, query, key, value, *results)
     if dtype == "float32":
         leaves = [x.clone().requires_grad_() for x in (query, key, value)]
-        races["attention and autograd"] = {
+        directions["attention and autograd"] = {
             name: partial(_end_to_end, leaves, pattern, backend, dout) for name, pattern in patterns.items()
         }
-    for direction, sides in races.items():
-        race = f"{backend} {dtype} N={tokens} {direction}"
+    for direction, sides in directions.items():
+        work = f"{backend} {dtype} N={tokens} {direction}"
         with torch.inference_mode(direction in ("forward", "backward")):
             seconds = interleave(sides, rounds=rounds)
-        rows.race(race, seconds)
+        rows.keep_rounds(work, seconds)
         for limit, (name, layout) in zip((limits or LIMITS).values(), drawn.items(), strict=True):
             density = layout.density(tokens)
-            words = f"{race}, blocks of {block_size}, {name}: time / dense time / density"
+            words = f"{work}, blocks of {block_size}, {name}: time / dense time / density"
             held: dict[str, Any] = {"sign": "<=", "limit": limit} if limits else {}
             held |= {"density": density, "over_dense": ratio(seconds[name], seconds["dense"])["median"]}
             rows.compare(words, seconds[name], seconds["dense"], unit=density, **held)
@@ -190,7 +196,7 @@ def tiles(rows: Rows, backend: str, tokens: int, dtype: str, rounds: int) -> Non
         backend: whose kernels.
         tokens: of the sequence.
         dtype: a torch dtype's name.
-        rounds: of each race.
+        rounds: of each comparison.
     """
     query, key, value, dout = (
         torch.randn(1, HEADS, tokens, HEAD_DIM, dtype=torch.float32, device="cpu").to(getattr(torch, dtype))
@@ -198,17 +204,17 @@ def tiles(rows: Rows, backend: str, tokens: int, dtype: str, rounds: int) -> Non
     )
     drawn = {str(size): random_blocks(0.5, size) for size in (8, 16, 32, 64, 128, 256)}
     patterns: dict[str, Pattern] = {"dense": Dense(), **drawn}
-    races: dict[str, Sides] = {"forward": {}, "backward": {}}
+    directions: dict[str, Sides] = {"forward": {}, "backward": {}}
     with torch.inference_mode():
         for name, pattern in patterns.items():
             runner, _ = build(Lowering(Problem.like(query, key, value, pattern), may_mask=False), backend)
             out, lse = runner.forward(query, key, value, None)
             saved = Saved(query, key, value, out, lse)
-            races["forward"][name] = partial(runner.forward, query, key, value, None)
-            races["backward"][name] = partial(runner.backward, saved, dout, None, None)
-        for direction, sides in races.items():
+            directions["forward"][name] = partial(runner.forward, query, key, value, None)
+            directions["backward"][name] = partial(runner.backward, saved, dout, None, None)
+        for direction, sides in directions.items():
             seconds = interleave(sides, rounds=rounds)
-            rows.race(f"{backend} {dtype} N={tokens} {direction} as blocks", seconds)
+            rows.keep_rounds(f"{backend} {dtype} N={tokens} {direction} as blocks", seconds)
             for size, layout in drawn.items():
                 words = (
                     f"{backend} {dtype} N={tokens} {direction} as blocks of {size}, 50%: time / dense time / density"
@@ -222,30 +228,30 @@ def _end_to_end(leaves: Sequence[Tensor], pattern: Pattern, backend: str, dout: 
     return torch.autograd.grad(out, leaves, dout)
 
 
-# ------------------------------------------------------------------------------------------------------ against others
+# --------------------------------------------------------------------------------------------------- against baselines
 
 
-def _hugging_face(backend: str, tokens: int) -> Iterator[Contest]:
+def _hugging_face(backend: str, tokens: int) -> Iterator[Comparison]:
     yield against_longformer(backend, tokens, HEADS)
     yield against_longformer(backend, tokens, HEADS, positions=(0,))
     yield against_bigbird(backend, tokens, HEADS)
 
 
-def rivals(rows: Rows, contests: Iterator[Contest], rounds: int) -> None:
-    """Others' time over ours, where both compute the same.
+def compare_baselines(rows: Rows, comparisons: Iterator[Comparison], rounds: int) -> None:
+    """The baselines' time over ours, where both compute the same.
 
     Raises:
         AssertionError: they do not.
     """
     with torch.inference_mode():
-        for contest in contests:
-            mine, other = contest.ours(), contest.theirs()
+        for comparison in comparisons:
+            mine, other = comparison.ours(), comparison.theirs()
             torch.testing.assert_close(mine, other, atol=2e-5, rtol=1e-4)
-            seconds = interleave({"ours": contest.ours, "theirs": contest.theirs}, rounds=rounds)
-            rows.race(contest.work, seconds)
+            seconds = interleave({"ours": comparison.ours, "theirs": comparison.theirs}, rounds=rounds)
+            rows.keep_rounds(comparison.work, seconds)
             apart = float((mine - other).abs().max())
             more = {"ms": 1e3 * median(seconds["ours"]), "their_ms": 1e3 * median(seconds["theirs"]), "apart": apart}
-            rows.compare(contest.work, seconds["theirs"], seconds["ours"], ">=", 1.0, **more, **contest.more)
+            rows.compare(comparison.work, seconds["theirs"], seconds["ours"], ">=", 1.0, **more, **comparison.more)
 
 
 # --------------------------------------------------------------------------------------------------- a million tokens
@@ -253,18 +259,18 @@ def rivals(rows: Rows, contests: Iterator[Contest], rounds: int) -> None:
 
 def million(rows: Rows, what: LongWindow, on_stage: Callable[[str], object] = str) -> None:
     """Index, peak memory and time of a window over a very long sequence; megabytes are 10^6 bytes."""
-    found = measure_window(what, on_stage)
+    measured = measure_window(what, on_stage)
     work = f"window of {what.reach} tokens before each, N={what.tokens:,}, {what.heads} head of {what.head_dim}, causal"
-    stages = {one["stage"]: one for one in found}  # the last of those that came often
+    stages = {stage["stage"]: stage for stage in measured}  # the last of those that came often
     rows.add(f"{work}: MB of the index", 1e-6 * stages["index"]["nbytes"], "<=", INDEX_MB)
     rows.add(f"{work}: MB of {what.backend}'s program", 1e-6 * stages["plan"]["nbytes"], "<=", INDEX_MB)
-    beyond = [one["beyond"] for one in found if one["stage"] == "forward"]
+    beyond = [stage["beyond"] for stage in measured if stage["stage"] == "forward"]
     if None not in beyond:
         rows.add(f"{work}: peak MB of the forward beyond inputs and results", 1e-6 * max(beyond), "<=", PEAK_MB)
         backward = 1e-6 * stages["backward"]["beyond"]
         rows.add(f"{work}: peak MB of the backward beyond inputs and results", backward, "<=", PEAK_MB)
     rows.add(f"{work}: seconds for the index", stages["index"]["seconds"])
-    took = [one["seconds"] for one in found if one["stage"] == "forward"]
-    rows.race(work, {"forward": took, "backward": [stages["backward"]["seconds"]]})
+    took = [stage["seconds"] for stage in measured if stage["stage"] == "forward"]
+    rows.keep_rounds(work, {"forward": took, "backward": [stages["backward"]["seconds"]]})
     rows.add(f"{work}: seconds of the forward, median of {len(took)}", sorted(took)[len(took) // 2])
     rows.add(f"{work}: seconds of the backward", stages["backward"]["seconds"])

@@ -127,16 +127,16 @@ def _on_and_off(once: Any, rounds: int, calls: int = 1) -> dict[str, Any]:
         for name in sorted(sides, reverse=bool(number % 2)):
             with arena.serving_from(sides[name]):
                 once()  # the other side left the heap in another state
-                found = [once() for _ in range(calls)]
+                results = [once() for _ in range(calls)]
             if number:  # the first round fills the arena
-                seconds[name].append(statistics.mean(one[0] for one in found))
-                counted[name].append(round(statistics.mean(one[1] for one in found)))
-    medians = {name: statistics.median(one) for name, one in counted.items()}
+                seconds[name].append(statistics.mean(result[0] for result in results))
+                counted[name].append(round(statistics.mean(result[1] for result in results)))
+    medians = {name: statistics.median(rounds_of_side) for name, rounds_of_side in counted.items()}
     return {
         "faults": medians,
         "faults_of_rounds": counted,
         "faults_off_over_on": medians["off"] / max(1, medians["on"]),
-        "ms": {name: 1e3 * statistics.median(one) for name, one in seconds.items()},
+        "ms": {name: 1e3 * statistics.median(rounds_of_side) for name, rounds_of_side in seconds.items()},
         "time_on_over_off": ratio(seconds["on"], seconds["off"]),
     }
 
@@ -146,8 +146,8 @@ def _shape(tokens: int, rounds: int) -> dict[str, Any]:
     tensors = _inputs(tokens, torch.bfloat16)
     made = plan(Problem.like(*tensors, PATTERNS["window"], is_causal=True), backend="sdpa")
     calls = max(1, 65_536 // tokens // 4)
-    found = _on_and_off(lambda: _once(made, tensors, None), 2 * rounds + 1, calls)
-    return {"ms": found["ms"], "time_on_over_off": found["time_on_over_off"]}
+    measured = _on_and_off(lambda: _once(made, tensors, None), 2 * rounds + 1, calls)
+    return {"ms": measured["ms"], "time_on_over_off": measured["time_on_over_off"]}
 
 
 def threshold(rounds: int, device: torch.device = torch.device("cpu")) -> dict[str, Any]:  # noqa: B008 - a value
@@ -157,7 +157,7 @@ def threshold(rounds: int, device: torch.device = torch.device("cpu")) -> dict[s
         rounds: of each measurement.
         device: where.
     """
-    arena, found = BufferArena(), {}
+    arena, ratios = BufferArena(), {}
     pays = None
     for mib in (1, 2, 4, 8, 16, 32, 64, 128):
         spec = BufferSpec("x", (mib * 2**18,), "float32")
@@ -175,10 +175,10 @@ def threshold(rounds: int, device: torch.device = torch.device("cpu")) -> dict[s
                 _, ms = timed(partial(_five_times, side), device)
                 if number:
                     seconds[name].append(1e-3 * ms / 5)
-        found[f"{mib} MiB"] = ratio(seconds["arena"], seconds["torch"])["median"]
-        if pays is None and found[f"{mib} MiB"] < 0.95:
+        ratios[f"{mib} MiB"] = ratio(seconds["arena"], seconds["torch"])["median"]
+        if pays is None and ratios[f"{mib} MiB"] < 0.95:
             pays = mib
-    return {"arena_over_torch": found, "pays_from_mib": pays}
+    return {"arena_over_torch": ratios, "pays_from_mib": pays}
 
 
 def _five_times(call: Callable[[], None]) -> None:

@@ -50,19 +50,19 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace, on_step: OnStep = silent) -> dict[str, Any]:
     """Hit cost, hit rate, plans with and without, and the time to lay out a million tokens."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     plans: dict[str, Any] = {}
     steps: list[Step] = [
-        ("a hit", lambda: found.update(hit=_hit(args.rounds))),
-        ("a model of twelve layers", lambda: found.update(model=_model())),
+        ("a hit", lambda: result.update(hit=_hit(args.rounds))),
+        ("a model of twelve layers", lambda: result.update(model=_model())),
     ]
     for name in PATTERNS:
         steps.append((f"plans, {name}", partial(_plans, name, args.rounds, args.longest, plans)))
     words = "layouts of 1,048,576 tokens"
-    steps.append((words, lambda: found.update(layout_of_1048576_tokens_ms=_layouts(args.rounds))))
+    steps.append((words, lambda: result.update(layout_of_1048576_tokens_ms=_layouts(args.rounds))))
     complete = perform(steps, on_step)
     return {
-        **found,
+        **result,
         "plans_on_over_off": plans,
         "limits": {"hit_added_us": 0.35, "hit_rate": 0.99, "plans_on_over_off": 1.02, "layout_ms": 5},
         "complete": complete,
@@ -80,9 +80,9 @@ def _hit(rounds: int) -> dict[str, Any]:
     table = {key: store.get(key)}
     sides = {"dict": lambda: table.get(key), "cache": lambda: store.get(key)}
     seconds = interleave(sides, rounds=max(rounds, 31), calls=20_000, warm=1000)
-    found = {name: summary(one) for name, one in seconds.items()}
+    summaries = {name: summary(rounds_of_side) for name, rounds_of_side in seconds.items()}
     added = [1e6 * (a - b) for a, b in zip(seconds["cache"], seconds["dict"], strict=True)]
-    return {"sides": found, "added_us": statistics.median(added)}
+    return {"sides": summaries, "added_us": statistics.median(added)}
 
 
 def _model(layers: int = 12, steps: int = 100) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def _model(layers: int = 12, steps: int = 100) -> dict[str, Any]:
     }
 
 
-def _plans(name: str, rounds: int, longest: int, found: dict[str, Any]) -> None:
+def _plans(name: str, rounds: int, longest: int, plans: dict[str, Any]) -> None:
     """Making a plan, with the cache and without: calling it is the same either way."""
     tokens = 128
     while tokens <= longest:
@@ -114,7 +114,7 @@ def _plans(name: str, rounds: int, longest: int, found: dict[str, Any]) -> None:
             "off": partial(plan, problem, "sdpa", pattern_cache=_Nothing()),
         }
         seconds = interleave(sides, rounds=rounds, calls=5, warm=3)
-        found[f"{name} N={tokens}"] = {
+        plans[f"{name} N={tokens}"] = {
             "on_us": 1e6 * statistics.median(seconds["on"]),
             "off_us": 1e6 * statistics.median(seconds["off"]),
             **ratio(seconds["on"], seconds["off"]),
@@ -123,9 +123,9 @@ def _plans(name: str, rounds: int, longest: int, found: dict[str, Any]) -> None:
 
 
 def _layouts(rounds: int) -> dict[str, float]:
-    found = {}
+    milliseconds = {}
     for name, pattern in PATTERNS.items():
         problem = _problem(2**20, pattern)
         seconds = interleave({name: partial(lower, problem)}, rounds=rounds)
-        found[name] = 1e3 * statistics.median(seconds[name])
-    return found
+        milliseconds[name] = 1e3 * statistics.median(seconds[name])
+    return milliseconds

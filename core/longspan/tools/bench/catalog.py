@@ -30,10 +30,10 @@ class Bench(Protocol):
 
 def benches() -> Iterator[Bench]:
     """All benches, by name."""
-    for module in pkgutil.iter_modules(bench.__path__, "longspan.tools.bench."):
-        found = import_module(module.name)
-        if hasattr(found, "NAME"):
-            yield cast(Bench, found)
+    for info in pkgutil.iter_modules(bench.__path__, "longspan.tools.bench."):
+        module = import_module(info.name)
+        if hasattr(module, "NAME"):
+            yield cast(Bench, module)
 
 
 def find(name: str) -> Bench:
@@ -42,7 +42,7 @@ def find(name: str) -> Bench:
     Raises:
         ArgumentError: there is none.
     """
-    known = {one.NAME: one for one in benches()}
+    known = {listed.NAME: listed for listed in benches()}
     if name not in known:
         near = nearest(name, known)
         fix = f"longspan bench {near}" if near else "longspan bench"

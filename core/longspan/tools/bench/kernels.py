@@ -10,6 +10,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from functools import partial
 from itertools import product
+from statistics import median
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from longspan import Dilated, Problem, SlidingWindow
 from longspan.lowering.dense import lower
 from longspan.tools.bench.footprint import peak_bytes
 from longspan.tools.bench.peaks import bandwidth, product_peak
-from longspan.tools.bench.sidebyside import interleave, ratio, summary
+from longspan.tools.bench.rows import Rows
+from longspan.tools.bench.sidebyside import interleave
 from longspan.tools.bench.steps import OnStep, Step, perform, silent
 
 __all__ = ["HELP", "NAME", "add_arguments", "grouped_by_hand", "run"]
@@ -46,39 +48,39 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace, on_step: OnStep = silent) -> dict[str, Any]:
     """`rows` (work, figure, limit, holds, ...), and `rounds`, the seconds of every round."""
     quick = args.quick
-    found = _Found(args.backend, 3 if quick else 11)
+    measured = _Measurements(args.backend, 3 if quick else 11)
     peaks: dict[str, float] = {}
 
     def measure_peaks() -> None:  # twice: a busy moment must not make the peak low and the shares of it high
         for dtype in FORWARD:
             peaks[dtype] = max(peaks.get(dtype, 0.0), product_peak(getattr(torch, dtype), torch.device("cpu")))
 
-    steps: list[Step] = [("the machine's peaks", measure_peaks), ("bandwidth", found.measure_bandwidth)]
+    steps: list[Step] = [("the machine's peaks", measure_peaks), ("bandwidth", measured.measure_bandwidth)]
     for dtype, shape in product(FORWARD, LONG[:1] if quick else LONG):
         words = _words(shape, dtype)
-        steps.append((f"{words} forward", partial(found.forward, shape, dtype, FORWARD[dtype], (False, True))))
+        steps.append((f"{words} forward", partial(measured.forward, shape, dtype, FORWARD[dtype], (False, True))))
         for is_causal in (False, True):
-            work = partial(found.backward, shape, dtype, is_causal, BACKWARD[dtype])
+            work = partial(measured.backward, shape, dtype, is_causal, BACKWARD[dtype])
             steps.append((f"{words} {'causal ' if is_causal else ''}backward", work))
     for dtype, shape in product(FORWARD, SHORT[:1] if quick else SHORT):
-        steps.append((f"{_words(shape, dtype)} forward", partial(found.forward, shape, dtype, 1.3, (False,))))
-    steps.append(("dilated, against ten lines of slicing", found.by_hand))
+        steps.append((f"{_words(shape, dtype)} forward", partial(measured.forward, shape, dtype, 1.3, (False,))))
+    steps.append(("dilated, against ten lines of slicing", measured.by_hand))
     if not quick:
-        steps += [("LongNet's branches on 131,072 tokens", found.longnet), ("a sliding window", found.window)]
+        steps += [("LongNet's branches on 131,072 tokens", measured.longnet), ("a sliding window", measured.window)]
     for dtype, gradients in product(FORWARD, (False, True)):
         words = f"{_words(LONG[-1], dtype)} peak memory{' with gradients' if gradients else ''}"
-        steps.append((words, partial(found.memory, LONG[-1], dtype, gradients)))
+        steps.append((words, partial(measured.memory, LONG[-1], dtype, gradients)))
     steps.append(("the machine's peaks again", measure_peaks))
     complete = perform(steps, on_step)
-    for row in found.rows:
+    for row in measured.table.rows:
         if "gflops" in row and row.get("dtype"):
             row["share_of_peak"] = row["gflops"] / peaks[row["dtype"]]
     return {
         "backend": args.backend,
         "peaks_gflops": peaks,
-        "bandwidth_gbs": found.bandwidth,
-        "rows": found.rows,
-        "rounds": found.rounds,
+        "bandwidth_gbs": measured.bandwidth,
+        "rows": measured.table.rows,
+        "rounds": measured.table.rounds,
         "complete": complete,
     }
 
@@ -95,68 +97,54 @@ def _words(shape: tuple[int, ...], dtype: str) -> str:
     return f"{shape} {dtype}"
 
 
-class _Found:
+class _Measurements:
+    """The rows that were measured so far, and the bandwidth of which they take a share."""
+
     def __init__(self, backend: str, rounds: int) -> None:
-        self.backend, self._rounds, self.bandwidth = backend, rounds, 0.0
-        self.rows: list[dict[str, Any]] = []
-        self.rounds: dict[str, dict[str, list[float]]] = {}
+        self.backend, self._rounds, self.bandwidth, self.table = backend, rounds, 0.0, Rows()
 
     def measure_bandwidth(self) -> None:
         self.bandwidth = bandwidth(torch.device("cpu"))
 
-    def add(self, work: str, figure: float, sign: str, limit: float, **more: Any) -> None:
-        holds = figure >= limit if sign == ">=" else figure <= limit
-        self.rows.append({"work": work, "figure": figure, "limit": f"{sign} {limit:g}", "holds": holds, **more})
-
-    def _race(
+    def _compare(
         self, work: str, sides: dict[str, Callable[[], Any]], limit: float, flops: float, dtype: str, moved: float
     ) -> None:
-        """Other side's time over the backend's, round by round."""
+        """The baseline's time over the backend's, round by round; the backend is the first side."""
         seconds = interleave(sides, rounds=self._rounds)
-        self.rounds[work] = seconds
-        mine, other = seconds.values()
-        self._judge(work, mine, other, limit, flops, dtype, moved)
+        self.table.keep_rounds(work, seconds)
+        ours, other = seconds.values()
+        self._add(work, ours, other, limit, flops, dtype, moved)
 
-    def _judge(
-        self, work: str, mine: list[float], other: list[float], limit: float, flops: float, dtype: str, moved: float
+    def _add(
+        self, work: str, ours: list[float], other: list[float], limit: float, flops: float, dtype: str, moved: float
     ) -> None:
-        spread = ratio(other, mine)
-        took = 1e-6 * summary(mine)["median_us"]
+        took = median(ours)
+        share = 1e-9 * moved / took / self.bandwidth
         rate = 1e-9 * flops / took
-        self.add(
-            work,
-            spread["median"],
-            ">=",
-            limit,
-            quartiles=f"{spread['q1']:.2f}-{spread['q3']:.2f}",
-            dtype=dtype,
-            gflops=rate,
-            share_of_bandwidth=1e-9 * moved / took / self.bandwidth,
-        )
+        self.table.compare(work, other, ours, ">=", limit, dtype=dtype, gflops=rate, share_of_bandwidth=share)
 
     def forward(self, shape: tuple[int, ...], dtype: str, limit: float, causal: tuple[bool, ...]) -> None:
-        """Against SDPA; full against causal in a race of their own, as torch's threads spin on after its operators."""
+        """Against SDPA; full against causal in rounds of their own, as torch's threads spin on after its operators."""
         tensors = _tensors(shape, dtype)
         sides: dict[str, Callable[[], Any]] = {}
         for is_causal in causal:
             made = longspan.plan(Problem.like(*tensors, is_causal=is_causal), backend=self.backend)
             sides[f"{self.backend} {is_causal}"] = partial(made, *tensors)
             sides[f"SDPA {is_causal}"] = partial(F.scaled_dot_product_attention, *tensors, is_causal=is_causal)
-        mine = {name: side for name, side in sides.items() if name.startswith(self.backend)}
+        own = {name: side for name, side in sides.items() if name.startswith(self.backend)}
         with torch.inference_mode():
             seconds = interleave(sides, rounds=self._rounds)
-            alone = interleave(mine, rounds=3 * self._rounds) if len(causal) > 1 else {}
-        self.rounds[f"{_words(shape, dtype)} forward"] = seconds
+            alone = interleave(own, rounds=3 * self._rounds) if len(causal) > 1 else {}
+        self.table.keep_rounds(f"{_words(shape, dtype)} forward", seconds)
         for is_causal in causal:
             ours, other = seconds[f"{self.backend} {is_causal}"], seconds[f"SDPA {is_causal}"]
             work = f"{_words(shape, dtype)} {'causal ' if is_causal else ''}forward"
             flops = 4 * shape[3] * _pairs(shape, is_causal)
-            self._judge(work, ours, other, limit, flops, dtype, 4 * tensors[0].nbytes)
+            self._add(work, ours, other, limit, flops, dtype, 4 * tensors[0].nbytes)
         if len(causal) > 1:
-            self.rounds[f"{_words(shape, dtype)} causal / full"] = alone
-            spread = ratio(alone[f"{self.backend} True"], alone[f"{self.backend} False"])
-            quartiles = f"{spread['q1']:.3f}-{spread['q3']:.3f}"
-            self.add(f"{_words(shape, dtype)} causal / full", spread["median"], "<=", 0.58, quartiles=quartiles)
+            work = f"{_words(shape, dtype)} causal / full"
+            self.table.keep_rounds(work, alone)
+            self.table.compare(work, alone[f"{self.backend} True"], alone[f"{self.backend} False"], "<=", 0.58)
 
     def backward(self, shape: tuple[int, ...], dtype: str, is_causal: bool, limit: float) -> None:
         tensors = _tensors(shape, dtype, True)
@@ -169,7 +157,7 @@ class _Found:
 
         work = f"{_words(shape, dtype)} {'causal ' if is_causal else ''}backward"
         sides: dict[str, Callable[[], Any]] = {self.backend: lambda: gradients(mine), "SDPA": lambda: gradients(other)}
-        self._race(work, sides, limit, 10 * shape[3] * _pairs(shape, is_causal), dtype, 8 * dout.nbytes)
+        self._compare(work, sides, limit, 10 * shape[3] * _pairs(shape, is_causal), dtype, 8 * dout.nbytes)
 
     def by_hand(self) -> None:
         shape = (1, 8, 8192, 64)
@@ -178,7 +166,7 @@ class _Found:
         pairs = 4 * (8192 // 2048) * 2048**2 + 4 * (8192 // 4096) * 2048**2
         with torch.inference_mode():
             torch.testing.assert_close(made(*tensors)[0], grouped_by_hand(*tensors), atol=1e-4, rtol=1e-4)
-            self._race(
+            self._compare(
                 f"{GROUPED.spec} N=8192 float32 forward, against ten lines of slicing and SDPA",
                 {self.backend: lambda: made(*tensors), "ten lines": lambda: grouped_by_hand(*tensors)},
                 1.8,
@@ -196,10 +184,10 @@ class _Found:
         with torch.inference_mode():
             seconds = interleave({"five branches": lambda: long(*tensors), "dense": lambda: short(*dense)}, rounds=3)
         work = f"{LONGNET.spec} N=131072 causal float32: share of the backend's dense rate"
-        self.rounds[work] = seconds
+        self.table.keep_rounds(work, seconds)
         pairs = {"five branches": lower(problem).pairs, "dense": _pairs((1, 8, 8192, 64), True)}
-        rates = {side: 4e-9 * 64 * pairs[side] / (1e-6 * summary(seconds[side])["median_us"]) for side in seconds}
-        self.add(work, rates["five branches"] / rates["dense"], ">=", 0.6, gflops=rates["five branches"])
+        rates = {side: 4e-9 * 64 * pairs[side] / median(seconds[side]) for side in seconds}
+        self.table.add(work, rates["five branches"] / rates["dense"], ">=", 0.6, gflops=rates["five branches"])
 
     def window(self) -> None:
         """A sliding window against torch's SDPA given the same mask: what a user without longspan would write."""
@@ -208,7 +196,7 @@ class _Found:
         made = longspan.plan(Problem.like(*tensors, pattern=SlidingWindow(reach, 0)), backend=self.backend)
         mask = torch.ones(4096, 4096, dtype=torch.bool, device="cpu").tril().triu(-reach)
         with torch.inference_mode():
-            self._race(
+            self._compare(
                 f"window:{reach},0 {shape} float32 forward, against SDPA with that mask",
                 {
                     self.backend: lambda: made(*tensors),
@@ -225,7 +213,7 @@ class _Found:
         mine = min(peak_bytes(self.backend, shape, dtype, gradients) for _ in range(3))
         other = min(peak_bytes("SDPA", shape, dtype, gradients) for _ in range(3))
         word = "forward and backward" if gradients else "forward"
-        self.add(
+        self.table.add(
             f"{_words(shape, dtype)} {word}: peak MiB beyond inputs and results, over SDPA's",
             (mine - other) / 2**20,
             "<=",
@@ -235,7 +223,7 @@ class _Found:
         )
 
 
-def grouped_by_hand(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def grouped_by_hand(query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False) -> Tensor:
     """What a user would write for this one pattern, batch of one."""
     _, heads, length, dim = query.shape
     out = torch.zeros_like(query)
@@ -243,7 +231,8 @@ def grouped_by_hand(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     for group, (w, r, s) in enumerate(((2048, 1, 0), (4096, 2, 1))):
         mine = slice(group * half, (group + 1) * half)
         q, k, v = (x[0, mine].view(half, length // w, w, dim)[:, :, s::r] for x in (query, key, value))
-        out[0, mine].view(half, length // w, w, dim)[:, :, s::r] = F.scaled_dot_product_attention(q, k, v)
+        part = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+        out[0, mine].view(half, length // w, w, dim)[:, :, s::r] = part
     return out
 
 

@@ -83,7 +83,7 @@ def measure_window(what: LongWindow, on_stage: Callable[[str], object] = str) ->
     Raises:
         LongspanError: the process failed; what it said is on stderr.
     """
-    found: list[dict[str, Any]] = []
+    measured: list[dict[str, Any]] = []
     stages = ["index", "plan", *["forward"] * what.calls, "backward"]
     on_stage(_words(what, stages, 0))
     command = [sys.executable, "-c", _PROGRAM, json.dumps(asdict(what))]
@@ -91,17 +91,17 @@ def measure_window(what: LongWindow, on_stage: Callable[[str], object] = str) ->
         assert process.stdout is not None
         try:
             for line in process.stdout:
-                found.append(json.loads(line))
-                on_stage(_words(what, stages, len(found)))
+                measured.append(json.loads(line))
+                on_stage(_words(what, stages, len(measured)))
         except BaseException:
             process.kill()
             raise
-    if process.returncode or len(found) != len(stages):
+    if process.returncode or len(measured) != len(stages):
         raise LongspanError(
             f"the process that measures {what.tokens:,} tokens ended with {process.returncode} after "
-            f"{len(found)} of {len(stages)} stages. Next: read its error above, or leave it out with --parts"
+            f"{len(measured)} of {len(stages)} stages. Next: read its error above, or leave it out with --parts"
         )
-    return found
+    return measured
 
 
 def _words(what: LongWindow, stages: list[str], done: int) -> str:

@@ -38,7 +38,7 @@ def make_profile(
         on_failure: called with a line for each backend that could not be measured; it is left out of the profile.
     """
     kind = Device.of(device)
-    pairs = [(problem, name) for problem in _problems(kind, quick) for name in _offered(problem)]
+    pairs = [(problem, name) for problem in _problems(kind, quick) for name in _names_for_auto(problem)]
     total = len(pairs) + 2
     measures = []
     for done, (problem, name) in enumerate(pairs):
@@ -65,7 +65,7 @@ def make_profile(
     )
 
 
-def _offered(problem: Problem) -> list[str]:
+def _names_for_auto(problem: Problem) -> list[str]:
     """The backends that auto may take."""
     candidates = longspan.explain(problem).candidates
     return [verdict.name for verdict in candidates if verdict.ok and not verdict.reasons]

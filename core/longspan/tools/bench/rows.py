@@ -14,7 +14,7 @@ class Rows:
     """Rows for `longspan bench`'s table, and beneath them the seconds of every round.
 
     `rows`: each has `work` and `figure`, with a limit also `limit` and `holds`, of measured ratios also `quartiles`.
-    `rounds`: for each race the seconds a call of each side, one figure a round.
+    `rounds`: for each comparison the seconds a call of each side, one figure a round.
     """
 
     def __init__(self) -> None:
@@ -29,8 +29,8 @@ class Rows:
             row["holds"] = figure >= limit if sign == ">=" else figure <= limit
         self.rows.append({**row, **more})
 
-    def race(self, work: str, seconds: Mapping[str, list[float]]) -> None:
-        """Keep the rounds of a race."""
+    def keep_rounds(self, work: str, seconds: Mapping[str, list[float]]) -> None:
+        """Keep the seconds of every round of a comparison, by side."""
         self.rounds[work] = dict(seconds)
 
     def compare(

@@ -43,10 +43,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace, on_step: OnStep = silent) -> dict[str, Any]:
     """Stress, and say what went on."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     words = f"{args.threads} threads, {args.seconds:g} s"
-    complete = perform([(words, lambda: found.update(stress(args.seconds, args.threads)))], on_step)
-    return {**found, "complete": complete}
+    complete = perform([(words, lambda: result.update(stress(args.seconds, args.threads)))], on_step)
+    return {**result, "complete": complete}
 
 
 def stress(seconds: float, threads: int) -> dict[str, Any]:

@@ -54,7 +54,7 @@ app = typer.Typer(
 def _add(command: Callable[..., None], **given: Any) -> None:
     """Its docstring is the help; a paragraph is one line there, for the terminal to break where it ends."""
     paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
-    app.command(help="\n\n".join(" ".join(one.split()) for one in paragraphs), **given)(command)
+    app.command(help="\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs), **given)(command)
 
 
 _add(demo)

@@ -24,13 +24,13 @@ def backends(
 ) -> None:
     """List every backend that was found, the broken ones too."""
     with output.quiet_stdout():
-        found = longspan.backends()
+        rows = longspan.backends()
     if as_json:
-        print(json.dumps([row.to_dict() for row in found], indent=2))
+        print(json.dumps([row.to_dict() for row in rows], indent=2))
         return
     columns = [("backend", False), ("state", False), ("auto", False)]
     columns += [("from", False), ("import ms", True)] if details else []
-    output.table([*columns, ("description", False)], [_cells(row, details) for row in found])
+    output.table([*columns, ("description", False)], [_cells(row, details) for row in rows])
 
 
 def _cells(row: BackendInfo, details: bool) -> tuple[str | Text, ...]:

@@ -63,8 +63,8 @@ def bench(
         output.check_writable(target)
     started = machine()
     with progress() as shown:
-        found = {"benchmark": name, "machine": started, **chosen.run(args, shown.step)}
-    text = json.dumps(found, indent=1)
+        result = {"benchmark": name, "machine": started, **chosen.run(args, shown.step)}
+    text = json.dumps(result, indent=1)
     if target is not None:
         try:
             target.write_text(text + "\n", encoding="utf-8")
@@ -73,14 +73,14 @@ def bench(
     if as_json:
         print(text)
     else:
-        _show(found)
-    if not found["complete"]:
-        output.fail("interrupted; what was measured before is above" if found.get("rows", True) else "interrupted")
+        _show(result)
+    if not result["complete"]:
+        output.fail("interrupted; what was measured before is above" if result.get("rows", True) else "interrupted")
         raise typer.Exit(INTERRUPTED)
 
 
 def _list(as_json: bool) -> None:
-    benches = [(one.NAME, one.HELP) for one in catalog.benches()]
+    benches = [(listed.NAME, listed.HELP) for listed in catalog.benches()]
     if as_json:
         print(json.dumps([{"name": name, "help": help_} for name, help_ in benches], indent=1))
     else:
@@ -98,28 +98,28 @@ def _profile(text: str, as_json: bool) -> None:
         print(json.dumps({"file": str(path), **asdict(made)}))
         return
     fastest: dict[tuple[str, str, int], Measure] = {}
-    for measure in sorted(made.measures, key=lambda one: one.forward):
+    for measure in sorted(made.measures, key=lambda measure: measure.forward):
         fastest.setdefault((measure.pattern, measure.dtype, measure.tokens), measure)
-    _verdicts(
+    _rows_as_table(
         [
-            {"pattern": pattern, "dtype": dtype, "tokens": tokens, "fastest": one.backend, "ms": 1e3 * one.forward}
-            for (pattern, dtype, tokens), one in sorted(fastest.items())
+            {"pattern": pattern, "dtype": dtype, "tokens": tokens, "fastest": best.backend, "ms": 1e3 * best.forward}
+            for (pattern, dtype, tokens), best in sorted(fastest.items())
         ]
     )
     output.say(f"{path}: auto takes the fastest of these from now on. Next: delete the file to go back to the table")
 
 
-def _show(found: Mapping[str, Any]) -> None:
-    if "rows" in found:
-        _verdicts(found["rows"])
+def _show(result: Mapping[str, Any]) -> None:
+    if "rows" in result:
+        _rows_as_table(result["rows"])
     else:
-        told = {key: value for key, value in found.items() if key != "complete"}
+        told = {key: value for key, value in result.items() if key != "complete"}
         output.table([("what", False), ("measured", True)], list(_rows(told)))
-    for line in found.get("notes", ()):
+    for line in result.get("notes", ()):
         output.say(f"note: {line}", "yellow")
 
 
-def _verdicts(rows: Sequence[Mapping[str, Any]]) -> None:
+def _rows_as_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Flat rows as a table; the union of their keys are the columns."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
     if not keys:
@@ -135,8 +135,8 @@ def _cell(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _rows(found: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in found.items():
+def _rows(result: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in result.items():
         where = f"{above} / {name}" if above else name
         if isinstance(value, Mapping):
             yield from _rows(value, where)

@@ -100,7 +100,7 @@ class _Table:
             self._shown.show([Text(), *self._grid.head("─")])
         elif (row := report.rows[-1]).state != "refused":  # said below the table, with its reasons
             cells = _cells(report, row)
-            self._shown.show(list(self._grid.row([cells[place] for place in self._kept])))
+            self._shown.show(list(self._grid.row([cells[index] for index in self._kept])))
 
 
 def _introduce(report: Report, shown: Progress) -> None:
@@ -121,7 +121,7 @@ def _dense(report: Report) -> str:
     measured = f"dense SDPA (causal, torch's own): {_time(last.ms)} on the first {last.tokens:,} tokens"
     if base.is_measured:
         return measured.replace("the first", "all")
-    lengths = [f"{one.tokens:,}" for one in base.measured[-3:]]
+    lengths = [f"{timing.tokens:,}" for timing in base.measured[-3:]]
     grown = f"{', '.join(lengths[:-1])} and {lengths[-1]}"
     return f"{measured}; about {_time(base.ms)} on all {base.tokens:,}, extrapolated from measured {grown}"
 
@@ -137,13 +137,13 @@ def _grid(report: Report, width: int) -> tuple[tuple[int, ...], Grid]:
 
     def made() -> Grid:
         widths = [known.get(heading, most) for _, (heading, _, most) in columns]
-        widths = [max(one, len(heading)) for one, (_, (heading, _, _)) in zip(widths, columns, strict=True)]
+        widths = [max(wide, len(heading)) for wide, (_, (heading, _, _)) in zip(widths, columns, strict=True)]
         return Grid(tuple((heading, is_number) for _, (heading, is_number, _) in columns), tuple(widths))
 
     for heading in DISPENSABLE:
         if made().width > width:
-            columns = [one for one in columns if one[1][0] != heading]
-    return tuple(place for place, _ in columns), made()
+            columns = [column for column in columns if column[1][0] != heading]
+    return tuple(index for index, _ in columns), made()
 
 
 def _cells(report: Report, row: Row) -> tuple[str | Text, ...]:

@@ -69,7 +69,7 @@ def dilated_shares(branches: tuple[Branch, ...], tokens: int, cell: int, is_caus
 
 def _alike(queries: Tensor, keys: Tensor) -> Tensor:
     """`(queries, keys)`: whether some branch has both in one segment; a key that two branches show counts once."""
-    found = torch.zeros(queries.shape[1], keys.shape[1], dtype=torch.bool, device="cpu")
+    together = torch.zeros(queries.shape[1], keys.shape[1], dtype=torch.bool, device="cpu")
     for asking, shown in zip(queries, keys, strict=True):
-        found |= (asking[:, None] == shown[None, :]) & (asking >= 0)[:, None]
-    return found
+        together |= (asking[:, None] == shown[None, :]) & (asking >= 0)[:, None]
+    return together

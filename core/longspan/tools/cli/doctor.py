@@ -83,7 +83,7 @@ def _show(report: Report) -> None:
         f"Python {here.python}, {here.system}",
         "bold",
     )
-    rows = [(place.device.name, place.name, place.capability, place.why or "yes") for place in here.places]
+    rows = [(local.device.name, local.name, local.capability, local.why or "yes") for local in here.devices]
     output.table([("device", False), ("name", False), ("capability", False), ("torch can use it", False)], rows)
     columns = [("backend", False), ("state", False), ("from", False), ("import ms", True), ("error", False)]
     output.table(columns, [_cells(row) for row in report.ledger.rows])
@@ -91,10 +91,10 @@ def _show(report: Report) -> None:
         output.say("each was imported in an interpreter of its own")
     if report.ledger.unusable:
         output.say("loaded, and of no use here", "bold")
-        output.table([("backend", False), ("why", False)], [_useless(one) for one in report.ledger.unusable])
+        output.table([("backend", False), ("why", False)], [_useless(useless) for useless in report.ledger.unusable])
     if report.settings:
-        found = [(one.name, one.value, one.error or "in force") for one in report.settings]
-        output.table([("variable", False), ("value", False), ("", False)], found)
+        variables = [(setting.name, setting.value, setting.error or "in force") for setting in report.settings]
+        output.table([("variable", False), ("value", False), ("", False)], variables)
     else:
         output.say("environment: no LONGSPAN_ variable is set")
     output.say(f"policy: {report.policy if isinstance(report.policy, str) else _policy(report.policy)}")
@@ -108,8 +108,8 @@ def _show_remedies(report: Report) -> None:
     output.say("to fix" if not report.ok else "to fix: nothing; what could be had besides", "bold")
     for number, remedy in enumerate(report.remedies, 1):
         output.say(f"{number}. {remedy.what}", "red" if remedy.broken else "")
-        for place, line in enumerate(remedy.lines):
-            output.say(f"   {'or ' if place else '   '}{line}", "bold")
+        for rank, line in enumerate(remedy.lines):
+            output.say(f"   {'or ' if rank else '   '}{line}", "bold")
 
 
 def _cells(row: BackendInfo) -> tuple[str | Text, ...]:
@@ -118,8 +118,8 @@ def _cells(row: BackendInfo) -> tuple[str | Text, ...]:
     return row.name, Text(row.state, COLORS.get(row.state, "red")), owner, took, row.error
 
 
-def _useless(one: Unusable) -> tuple[str, str]:
-    return one.backend, "\n".join(one.texts)
+def _useless(useless: Unusable) -> tuple[str, str]:
+    return useless.backend, "\n".join(useless.texts)
 
 
 def _policy(policy: Policy) -> str:

@@ -61,7 +61,7 @@ def _in_ascii(error: UnicodeError) -> tuple[str | bytes, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lacking = error.object[error.start : error.end]
-    return "".join(ASCII.get(one) or ascii(one)[1:-1] for one in lacking), error.end
+    return "".join(ASCII.get(sign) or ascii(sign)[1:-1] for sign in lacking), error.end
 
 
 def out() -> Console:

@@ -58,11 +58,11 @@ def plot(
     with output.quiet_stdout():
         _draw(panels, spec, tokens, target)
     if as_json:
-        facts = [{"heads": list(one.heads), **one.facts} for one in panels]
+        facts = [{"heads": list(panel.heads), **panel.facts} for panel in panels]
         print(json.dumps({"pattern": spec, "tokens": tokens, "causal": causal, "layouts": facts}, indent=2))
         return
-    for one in panels:
-        output.say(one.text)
+    for panel in panels:
+        output.say(panel.text)
     output.say(f"written to {target}")
 
 
@@ -79,7 +79,7 @@ class Panel:
 
 
 def _panels(blocks: HeadBlocks) -> list[Panel]:
-    found = []
+    panels = []
     for number, layout in enumerate(blocks.layouts):
         facts = {
             "blocks": layout.nnz,
@@ -90,15 +90,15 @@ def _panels(blocks: HeadBlocks) -> list[Panel]:
         }
         mine = tuple(head for head, own in enumerate(blocks.of_head) if own == number)
         image = picture(layout) if number < SHOWN else None
-        found.append(Panel(mine, image, layout.density, cell_blocks(layout), repr(layout), facts))
-    return found
+        panels.append(Panel(mine, image, layout.density, cell_blocks(layout), repr(layout), facts))
+    return panels
 
 
 def _dilated(pattern: Dilated, tokens: int, causal: bool, heads: int | None, block_size: int) -> list[Panel]:
     """A picture for each group of heads that see the same; every offset has its turn unless `heads` says how many."""
     branches = len(pattern.segment_lengths)
     count = heads or (branches if pattern.heads == "grouped" else max(pattern.dilation_rates))
-    found: list[Panel] = []
+    panels: list[Panel] = []
     for own, offsets in dilated_heads(pattern, count).items():
         step = max(1, -(-tokens // (block_size * CELLS)))
         cell = block_size * step
@@ -112,9 +112,9 @@ def _dilated(pattern: Dilated, tokens: int, causal: bool, heads: int | None, blo
             f"heads {', '.join(map(str, own))}: {facts['blocks']:,} of {shares.numel():,} blocks of {cell} hold some "
             f"pairs, {facts['full']:,} all; {density:.2%} of all pairs"
         )
-        image = _coloured(kept, full, 0.25 + 0.75 * shares) if len(found) < SHOWN else None
-        found.append(Panel(own, image, density, step, text, facts))
-    return found
+        image = _coloured(kept, full, 0.25 + 0.75 * shares) if len(panels) < SHOWN else None
+        panels.append(Panel(own, image, density, step, text, facts))
+    return panels
 
 
 def _block_sparse(pattern: Pattern, block_size: int) -> BlockSparse:
@@ -165,7 +165,9 @@ def picture(layout: BlockCSR, cells: int = CELLS) -> Tensor:
 
 def _coloured(some: Tensor, full: Tensor, share: Tensor) -> Tensor:
     """`(rows, columns, 3)`: cells that hold some, the paler the smaller their share; full ones in their own colour."""
-    white, partial, blue = (torch.tensor(one, dtype=torch.float32, device="cpu") for one in (WHITE, PARTIAL, FULL))
+    white, partial, blue = (
+        torch.tensor(colour, dtype=torch.float32, device="cpu") for colour in (WHITE, PARTIAL, FULL)
+    )
     image = white.repeat(*some.shape, 1)
     pale = torch.lerp(white, partial, share[..., None])
     image[some] = pale[some]
@@ -175,20 +177,20 @@ def _coloured(some: Tensor, full: Tensor, share: Tensor) -> Tensor:
 
 def _draw(panels: list[Panel], title: str, tokens: int, target: Path) -> None:
     figures = _matplotlib()
-    shown = [(one, one.image) for one in panels if one.image is not None]
+    shown = [(panel, panel.image) for panel in panels if panel.image is not None]
     across = min(4, len(shown))
     down = -(-len(shown) // across)
     figure = figures.Figure(figsize=(1 + 5 * across, 1 + 5 * down), layout="constrained")
     figure.suptitle(title if len(title) <= 100 else title[:97] + "...", fontsize="small")
-    for number, (one, image) in enumerate(shown):
+    for number, (panel, image) in enumerate(shown):
         axes = figure.add_subplot(down, across, number + 1)
         extent = (0, tokens, tokens, 0)
         axes.imshow(image.tolist(), extent=extent, interpolation="nearest", aspect="auto")
-        mine = [str(head) for head in one.heads]
+        mine = [str(head) for head in panel.heads]
         alone = len(panels) == 1 and len(mine) == 1
         heads = "" if alone else f"heads {', '.join(mine[:8])}{', ...' if len(mine) > 8 else ''}: "
-        cells = f", {one.step} x {one.step} blocks a cell" if one.step > 1 else ""
-        axes.set_title(f"{heads}{one.density:.2%} of all pairs{cells}", fontsize="small")
+        cells = f", {panel.step} x {panel.step} blocks a cell" if panel.step > 1 else ""
+        axes.set_title(f"{heads}{panel.density:.2%} of all pairs{cells}", fontsize="small")
         axes.set_xlabel("key position")
         axes.set_ylabel("query position")
         axes.ticklabel_format(style="plain")

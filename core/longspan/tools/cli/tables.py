@@ -33,19 +33,19 @@ def wrap(text: Text, width: int, indent: int = 0) -> list[Text]:
     A word wider than a line is broken, as nothing else can be done with it.
     """
     indent = indent if indent < width // 2 else 0
-    found: list[Text] = []
+    lines: list[Text] = []
     for paragraph in text.split("\n", allow_blank=True):
         paragraph.expand_tabs(8)
         if cell_len(paragraph.plain) <= width:
-            found.append(paragraph)
+            lines.append(paragraph)
             continue
         margin = Text(" " * indent)
         body = paragraph[indent:] if paragraph.plain[:indent].isspace() and indent else paragraph
         wrapped = body.wrap(_BREAKER, max(1, width - indent), overflow="fold")
-        found += [margin + line for line in wrapped]
-    for line in found:
+        lines += [margin + line for line in wrapped]
+    for line in lines:
         line.rstrip()
-    return found
+    return lines
 
 
 @frozen
@@ -71,12 +71,12 @@ class Grid:
         height = max(map(len, wrapped))
         for number in range(height):
             line = Text()
-            places = zip(wrapped, self.columns, self.widths, strict=True)
-            for place, (own, (_, is_number), width) in enumerate(places):
+            cells_of_columns = zip(wrapped, self.columns, self.widths, strict=True)
+            for index, (own, (_, is_number), width) in enumerate(cells_of_columns):
                 at = number - (height - len(own) if bottom else 0)
                 cell = own[at] if 0 <= at < len(own) else Text()
                 blank = Text(" " * max(0, width - cell_len(cell.plain)))
-                line += Text(" " * GAP * bool(place)) + (blank + cell if is_number else cell + blank)
+                line += Text(" " * GAP * bool(index)) + (blank + cell if is_number else cell + blank)
             line.rstrip()
             yield line
 
@@ -84,19 +84,19 @@ class Grid:
 def fit(columns: Columns, rows: Sequence[Cells], width: int) -> Grid | None:
     """A grid of at most this width in which no word is broken and no text is squeezed; None where there is none."""
     wanted, least = [], []
-    for place, (heading, is_number) in enumerate(columns):
-        texts = [_text(row[place]).plain for row in rows]
+    for index, (heading, is_number) in enumerate(columns):
+        texts = [_text(row[index]).plain for row in rows]
         wanted.append(max(map(cell_len, "\n".join([heading, *texts]).split("\n"))))
         words = max(map(cell_len, " ".join([heading, *texts]).split() or [""]))
         least.append(wanted[-1] if is_number else max(words, min(wanted[-1], ROOM)))
-    spare = width - GAP * (len(columns) - 1) - sum(least)
-    if spare < 0:
+    rest = width - GAP * (len(columns) - 1) - sum(least)
+    if rest < 0:
         return None
     widths = least
-    for place in sorted(range(len(columns)), key=lambda place: wanted[place] - least[place]):
-        more = min(spare, wanted[place] - least[place])
-        widths[place] += more
-        spare -= more
+    for index in sorted(range(len(columns)), key=lambda index: wanted[index] - least[index]):
+        more = min(rest, wanted[index] - least[index])
+        widths[index] += more
+        rest -= more
     return Grid(tuple(columns), tuple(widths))
 
 
@@ -114,15 +114,15 @@ def render(columns: Columns, rows: Sequence[Cells], width: int, rule: str) -> li
         return _framed([*grid.head(rule), *(line for row in rows for line in grid.row(row))])
     *others, (_, is_number) = columns
     if others and not is_number and (grid := fit(others, [row[:-1] for row in rows], width)) is not None:
-        found = list(grid.head(rule))
+        lines = list(grid.head(rule))
         for row in rows:
-            found += [*grid.row(row[:-1]), *_beneath(row[-1], width)]
-        return _framed(found)
+            lines += [*grid.row(row[:-1]), *_beneath(row[-1], width)]
+        return _framed(lines)
     return _framed([line for row in rows for line in _facts(columns, row, width)])
 
 
-def _framed(found: list[Text]) -> list[Text]:
-    return [Text(), *found, Text()]
+def _framed(lines: list[Text]) -> list[Text]:
+    return [Text(), *lines, Text()]
 
 
 def _beneath(cell: str | Text, width: int) -> list[Text]:

@@ -34,46 +34,46 @@ def verify(
     """
     drawn = output.is_terminal(sys.stderr)  # thousands of lines are no help in a log
     with progress() as shown:
-        found = certificate.verify(name, device, quick=quick, on_case=shown.step if drawn else None)
+        sheet = certificate.verify(name, device, quick=quick, on_case=shown.step if drawn else None)
     if as_json:
-        print(json.dumps(found.to_dict(), indent=2, allow_nan=False))
+        print(json.dumps(sheet.to_dict(), indent=2, allow_nan=False))
     else:
-        _show(found)
-    for line in found.messages():
+        _show(sheet)
+    for line in sheet.messages():
         output.fail(line)
-    if not found.conformant:
+    if not sheet.conformant:
         raise typer.Exit(1)
 
 
-def _show(found: Certificate) -> None:
-    info = found.info
+def _show(sheet: Certificate) -> None:
+    info = sheet.info
     owner = f"{info.distribution} {info.version}".strip() or "this process"
-    output.say(f"{info.name} of {owner}: {'conformant' if found.conformant else 'not conformant'}", "bold")
+    output.say(f"{info.name} of {owner}: {'conformant' if sheet.conformant else 'not conformant'}", "bold")
     output.say(
         f"longspan {__version__}, torch {torch.__version__}, Python {platform.python_version()}; "
-        f"{found.seconds:.1f} s{', --quick' if found.quick else ''}"
+        f"{sheet.seconds:.1f} s{', --quick' if sheet.quick else ''}"
     )
-    if found.worst:
+    if sheet.worst:
         columns = [("device", False), ("dtype", False), ("forward", False), ("lse", False), ("gradient", False)]
         output.table(
             columns,
             [
                 (device, dtype, *(_cell(row.get(what)) for what in ("forward", "lse", "gradient")))
-                for (device, dtype), row in found.worst.items()
+                for (device, dtype), row in sheet.worst.items()
             ],
         )
         output.say(
             "worst error, and what is allowed there: 1e-12 in float64, else 2 times (gradients: 3 times) naive torch's"
         )
     output.say(
-        f"cases: {found.computed} run, {len(found.of('failed'))} failed; {len(found.of('refused'))} refused, as they "
-        f"must be; {len(found.of('declined'))} declined"
+        f"cases: {sheet.computed} run, {len(sheet.of('failed'))} failed; {len(sheet.of('refused'))} refused, as they "
+        f"must be; {len(sheet.of('declined'))} declined"
     )
-    if found.absent:
-        output.say(f"not on this machine: {', '.join(found.absent)}", "yellow")
-    if found.unproven:
-        output.say(f"declined here, so not proven: {'; '.join(found.unproven)}", "yellow")
-        for reason in dict.fromkeys(outcome.reason for outcome in found.of("declined")):
+    if sheet.absent:
+        output.say(f"not on this machine: {', '.join(sheet.absent)}", "yellow")
+    if sheet.unproven:
+        output.say(f"declined here, so not proven: {'; '.join(sheet.unproven)}", "yellow")
+        for reason in dict.fromkeys(outcome.reason for outcome in sheet.of("declined")):
             output.say(f"  {reason}", "yellow")
 
 

@@ -65,10 +65,10 @@ def _bytes_of_a_token(width: int, dtype: torch.dtype) -> int:
 def _free(device: torch.device) -> list[tuple[str, int]]:
     """The memories that are needed, and the bytes that are free in each, as far as the system says."""
     host = _free_bytes()
-    found = [] if host is None else [("memory", host)]
+    memories = [] if host is None else [("memory", host)]
     if device.type == "cuda":
-        found.append((f"memory of {device}", torch.cuda.mem_get_info(device)[0]))
-    return found
+        memories.append((f"memory of {device}", torch.cuda.mem_get_info(device)[0]))
+    return memories
 
 
 def _free_bytes() -> int | None:

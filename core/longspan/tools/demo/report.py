@@ -113,11 +113,11 @@ class Report:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the reader should know before reading the numbers."""
-        found = list(self.resolution.notes)
+        notes = list(self.resolution.notes)
         if self.tokens != self.tokens_wanted:
             short = f"the text has {self.tokens:,} bytes, fewer than the {self.tokens_wanted:,} tokens asked for"
-            found.append(f"{short}: all of them are used")
-        return tuple(found)
+            notes.append(f"{short}: all of them are used")
+        return tuple(notes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, in which what is not finite is null (the failure's text names it)."""

@@ -38,10 +38,10 @@ def read_text(path: Path | None, count: int) -> Text:
         raise ArgumentError("--tokens", str(count), "a number of at least 1", "e.g. --tokens 131072, or leave it out")
     if path is None:
         return _standard_library(count)
-    found = _read(path, count)
-    if not found:
+    data = _read(path, count)
+    if not data:
         raise ArgumentError("TEXT", f"{str(path)!r}, an empty file", "a file with at least one byte", ANOTHER)
-    return Text(str(path), _tensor(found))
+    return Text(str(path), _tensor(data))
 
 
 def _read(path: Path, count: int) -> bytes:
@@ -63,21 +63,21 @@ def _read(path: Path, count: int) -> bytes:
 def _standard_library(count: int) -> Text:
     """The library's `.py` files one after the other, by name, so that the same Python gives the same tokens."""
     root = Path(sysconfig.get_path("stdlib"))
-    found, first, last = bytearray(), "", ""
+    data, first, last = bytearray(), "", ""
     for path in _sources(root):
         try:
-            found += path.read_bytes()[: count - len(found)]
+            data += path.read_bytes()[: count - len(data)]
         except OSError:  # one file that cannot be read does not spoil the others
             continue
         first, last = first or path.name, path.relative_to(root).as_posix()
-        if len(found) >= count:
+        if len(data) >= count:
             break
-    if not found:
+    if not data:
         got = f"nothing, and no readable .py file is in the standard library's folder {str(root)!r}"
         raise ArgumentError("TEXT", got, "a text file", "name a text file")
     version = sysconfig.get_python_version()
     files = first if first == last else f"{first} to {last}"
-    return Text(f"the Python {version} standard library's sources, {files}", _tensor(bytes(found)))
+    return Text(f"the Python {version} standard library's sources, {files}", _tensor(bytes(data)))
 
 
 def _sources(root: Path) -> Iterator[Path]:

@@ -3,10 +3,21 @@
 Nothing here initialises CUDA, and no setting that cannot be read stops it.
 """
 
-from longspan.tools.doctor.machine import Machine, Place, machine
+from longspan.tools.doctor.machine import LocalDevice, Machine, machine
 from longspan.tools.doctor.remedies import Remedy
 from longspan.tools.doctor.report import Report, examine
 from longspan.tools.doctor.settings import Setting, settings
 from longspan.tools.doctor.usability import Unusable, unusable
 
-__all__ = ["Machine", "Place", "Remedy", "Report", "Setting", "Unusable", "examine", "machine", "settings", "unusable"]
+__all__ = [
+    "LocalDevice",
+    "Machine",
+    "Remedy",
+    "Report",
+    "Setting",
+    "Unusable",
+    "examine",
+    "machine",
+    "settings",
+    "unusable",
+]

@@ -40,8 +40,8 @@ def nvidia(library: str = NVML) -> tuple[Gpu, ...]:
         count = ctypes.c_uint()
         if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
             return ()
-        found = (_nvidia(nvml, number) for number in range(count.value))
-        return tuple(gpu for gpu in found if gpu is not None)
+        listed = (_nvidia(nvml, number) for number in range(count.value))
+        return tuple(gpu for gpu in listed if gpu is not None)
     except AttributeError:  # a driver too old to be asked for a compute capability
         return ()
     finally:
@@ -64,7 +64,7 @@ def _nvidia(nvml: ctypes.CDLL, number: int) -> Gpu | None:
 
 def amd(nodes: Path = KFD) -> tuple[Gpu, ...]:
     """AMD's GPUs by the kernel driver's list of compute nodes; CPUs stand there too, with version 0."""
-    found: list[Gpu] = []
+    listed: list[Gpu] = []
     for path in sorted(nodes.glob("*/properties"), key=lambda path: path.parent.name.zfill(4)):
         try:
             match = re.search(r"^gfx_target_version (\d+)$", path.read_text(encoding="ascii"), re.M)
@@ -72,8 +72,8 @@ def amd(nodes: Path = KFD) -> tuple[Gpu, ...]:
             continue
         if match and (version := int(match[1])):  # 90402 is gfx942, 90010 is gfx90a
             arch = f"gfx{version // 10000}{version // 100 % 100:x}{version % 100:x}"
-            found.append(Gpu(Device("rocm", None, arch), f"AMD {arch}", len(found)))
-    return tuple(found)
+            listed.append(Gpu(Device("rocm", None, arch), f"AMD {arch}", len(listed)))
+    return tuple(listed)
 
 
 def is_hidden(gpu: Gpu, variable: str, environ: Mapping[str, str] = os.environ) -> bool:

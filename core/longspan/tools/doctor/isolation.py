@@ -27,7 +27,7 @@ from longspan.spec.backend import BackendInfo
 from longspan.spec.device import Device
 from longspan.tools.doctor.usability import Unusable, unusable
 
-__all__ = ["Apart", "import_apart", "inside"]
+__all__ = ["IsolatedImport", "import_isolated", "inside"]
 
 AT_ONCE = max(1, min(4, os.cpu_count() or 1))
 START = 300.0
@@ -43,16 +43,16 @@ inside(task)
 
 
 @frozen
-class Apart:
+class IsolatedImport:
     """What became of a plugin in its own interpreter: its row, why it is of no use here if so."""
 
     row: BackendInfo
     unusable: Unusable | None = None
 
 
-def import_apart(
+def import_isolated(
     entries: Iterable[Entry], devices: tuple[Device, ...], environ: Mapping[str, str], timeout: float
-) -> list[Apart]:
+) -> list[IsolatedImport]:
     """Import each entry point in a new interpreter with this environment, a few at once.
 
     A plugin that is not imported after `timeout` seconds is reported to hang. None is put into quarantine.
@@ -72,13 +72,13 @@ def import_apart(
                 while waiting and len(running) < AT_ONCE:
                     entry = waiting.popleft()
                     running.append(_Interpreter(entry, devices, environ, folder / str(len(waiting))))
-                for one in [one for one in running if one.is_over(timeout)]:
-                    running.remove(one)
-                    done.append(one.apart(timeout))
+                for interpreter in [interpreter for interpreter in running if interpreter.is_over(timeout)]:
+                    running.remove(interpreter)
+                    done.append(interpreter.apart(timeout))
                 time.sleep(0.02)
         finally:
-            for one in running:
-                one.kill()
+            for interpreter in running:
+                interpreter.kill()
     return done
 
 
@@ -126,7 +126,7 @@ class _Interpreter:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
-    def apart(self, timeout: float) -> Apart:
+    def apart(self, timeout: float) -> IsolatedImport:
         """What is to be said of the plugin, once the interpreter is over."""
         code = self._process.returncode
         answer, said = (
@@ -143,8 +143,8 @@ class _Interpreter:
         last = next(iter(said.splitlines()[-1:]), "")
         return self._broken(f"ended the interpreter with exit code {code} while it was imported{last and f': {last}'}")
 
-    def _broken(self, error: str) -> Apart:
-        return Apart(evolve(self._row, state="broken", error=error))
+    def _broken(self, error: str) -> IsolatedImport:
+        return IsolatedImport(evolve(self._row, state="broken", error=error))
 
 
 def _signal(number: int) -> str:
@@ -160,15 +160,15 @@ def _where(said: str) -> str:
     return f" (at {match[1]}:{match[2]})" if match else ""
 
 
-def _read(values: dict[str, Any]) -> Apart:
+def _read(values: dict[str, Any]) -> IsolatedImport:
     useless = values["unusable"]
-    return Apart(BackendInfo(**values["row"]), None if useless is None else Unusable.from_dict(useless))
+    return IsolatedImport(BackendInfo(**values["row"]), None if useless is None else Unusable.from_dict(useless))
 
 
 # --------------------------------------------------------------------------------------------- in the other interpreter
 
 
-class _Alone(Registry):
+class _OneEntry(Registry):
     """Imports one entry point and leaves all others."""
 
     def __init__(self, name: str, value: str, distribution: str) -> None:
@@ -187,12 +187,13 @@ def inside(task: dict[str, Any]) -> None:
     sys.argv[:] = ["longspan"]
     warnings.simplefilter("ignore", PluginWarning)
     devices = [
-        Device(**{**one, "capability": one["capability"] and tuple(one["capability"])}) for one in task["devices"]
+        Device(**{**device, "capability": device["capability"] and tuple(device["capability"])})
+        for device in task["devices"]
     ]
     os.write(answer, b"\n")  # from here on it is the plugin's time
-    alone = _Alone(task["name"], task["value"], task["distribution"])
+    alone = _OneEntry(task["name"], task["value"], task["distribution"])
     row = next(row for row in alone.backends() if (row.name, row.distribution) == (task["name"], task["distribution"]))
-    useless = next((unusable(one, devices) for one in alone.candidates() if one.info == row), None)
+    useless = next((unusable(candidate, devices) for candidate in alone.candidates() if candidate.info == row), None)
     if row.state == "loaded" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         error = "initialises CUDA when it is imported, and a fork cannot use it then. Next: tell its authors"
         row = evolve(row, error=error)

@@ -13,11 +13,11 @@ from longspan.registry.discovery import Registry, registry
 from longspan.registry.loading import Entry, Loader
 from longspan.spec.backend import BackendInfo
 from longspan.spec.device import Device
-from longspan.tools.doctor.isolation import Apart, import_apart
+from longspan.tools.doctor.isolation import IsolatedImport, import_isolated
 from longspan.tools.doctor.settings import in_environment
 from longspan.tools.doctor.usability import Unusable, unusable
 
-__all__ = ["Ledger", "ledger_apart", "ledger_here"]
+__all__ = ["Ledger", "isolated_ledger", "local_ledger"]
 
 
 @frozen
@@ -41,7 +41,7 @@ class _Deferred(Registry):
         return entry.row()
 
 
-def ledger_here(devices: tuple[Device, ...], environ: Mapping[str, str]) -> Ledger:
+def local_ledger(devices: tuple[Device, ...], environ: Mapping[str, str]) -> Ledger:
     """Import every backend that this environment lets in, in this process."""
     crashed = _crashed()
     with in_environment(environ) as changed, warnings.catch_warnings():
@@ -49,12 +49,12 @@ def ledger_here(devices: tuple[Device, ...], environ: Mapping[str, str]) -> Ledg
         # The process's own registry is not to remember an environment that it never had.
         backends = Registry() if changed else registry
         rows = backends.backends()
-        found = [unusable(candidate, devices) for candidate in backends.candidates()]
+        useless = [unusable(candidate, devices) for candidate in backends.candidates()]
     releasable = tuple(row.name for row in rows if row.state == "broken" and _key(row) in crashed)
-    return Ledger(rows, tuple(one for one in found if one is not None), releasable)
+    return Ledger(rows, tuple(backend for backend in useless if backend is not None), releasable)
 
 
-def ledger_apart(devices: tuple[Device, ...], environ: Mapping[str, str], timeout: float) -> Ledger:
+def isolated_ledger(devices: tuple[Device, ...], environ: Mapping[str, str], timeout: float) -> Ledger:
     """Import each in an interpreter of its own, a few at once; those in quarantine too, as they can do no harm there.
 
     Raises:
@@ -64,13 +64,17 @@ def ledger_apart(devices: tuple[Device, ...], environ: Mapping[str, str], timeou
     with in_environment(environ), warnings.catch_warnings():
         warnings.simplefilter("ignore", PluginWarning)
         rows = sorter.backends()
-    apart = {_key(one.row): one for one in import_apart(sorter.entries, devices, environ, timeout)}
-    releasable = [key[0] for key, one in apart.items() if key in crashed and one.row.state == "loaded"]
-    rows = tuple(_told(row, apart.get(_key(row)), crashed.get(_key(row))) for row in rows)
-    return Ledger(rows, tuple(one.unusable for one in apart.values() if one.unusable is not None), tuple(releasable))
+    apart = {_key(imported.row): imported for imported in import_isolated(sorter.entries, devices, environ, timeout)}
+    releasable = [key[0] for key, imported in apart.items() if key in crashed and imported.row.state == "loaded"]
+    rows = tuple(_merged(row, apart.get(_key(row)), crashed.get(_key(row))) for row in rows)
+    return Ledger(
+        rows,
+        tuple(imported.unusable for imported in apart.values() if imported.unusable is not None),
+        tuple(releasable),
+    )
 
 
-def _told(row: BackendInfo, apart: Apart | None, crash: quarantine.Crash | None) -> BackendInfo:
+def _merged(row: BackendInfo, apart: IsolatedImport | None, crash: quarantine.Crash | None) -> BackendInfo:
     """The row with what an interpreter of its own made of it."""
     if apart is None:  # kept out, or a duplicate
         return row
@@ -80,7 +84,7 @@ def _told(row: BackendInfo, apart: Apart | None, crash: quarantine.Crash | None)
 
 
 def _crashed() -> dict[tuple[str, str, str], quarantine.Crash]:
-    return {(one.name, one.distribution, one.version): one for one in quarantine.crashes()}
+    return {(crash.name, crash.distribution, crash.version): crash for crash in quarantine.crashes()}
 
 
 def _key(row: BackendInfo) -> tuple[str, str, str]:

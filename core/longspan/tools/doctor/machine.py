@@ -5,24 +5,25 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import pluggy
 import torch
 from attrs import asdict, frozen
 
+from longspan.registry.profile import machine_name
 from longspan.spec.device import Device
+from longspan.spec.local import device_count
 from longspan.tools.doctor import gpus
 
-__all__ = ["Machine", "Place", "machine"]
+__all__ = ["LocalDevice", "Machine", "machine"]
 
 OLD_GPUS = "https://download.pytorch.org/whl/cu126"
 """Where torch's wheels for GPUs before Turing are."""
 
 
 @frozen
-class Place:
+class LocalDevice:
     """A device of this machine. `why` says why torch cannot use it, and `fix` what to type; both empty where it can."""
 
     device: Device
@@ -47,18 +48,16 @@ class Machine:
     torch_build: str
     pluggy: str
     threads: int
-    places: tuple[Place, ...]
+    devices: tuple[LocalDevice, ...]
 
     @property
-    def devices(self) -> tuple[Device, ...]:
+    def usable(self) -> tuple[Device, ...]:
         """The devices that torch can use, each kind once."""
-        return tuple(dict.fromkeys(place.device for place in self.places if not place.why))
+        return tuple(dict.fromkeys(local.device for local in self.devices if not local.why))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        values = asdict(self, recurse=False)
-        places = values.pop("places")
-        return {**values, "devices": [place.to_dict() for place in places]}
+        return {**asdict(self, recurse=False), "devices": [local.to_dict() for local in self.devices]}
 
 
 def machine() -> Machine:
@@ -71,7 +70,7 @@ def machine() -> Machine:
         torch_build=_torch_build(),
         pluggy=pluggy.__version__,
         threads=torch.get_num_threads(),
-        places=tuple(_places()),
+        devices=tuple(_devices()),
     )
 
 
@@ -81,28 +80,16 @@ def _torch_build() -> str:
     return f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
 
 
-def _places() -> Iterator[Place]:
-    yield Place(
-        Device("cpu"), _cpu_name(), f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+def _devices() -> Iterator[LocalDevice]:
+    yield LocalDevice(
+        Device("cpu"), machine_name(), f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     )
     for gpu in gpus.nvidia():
         capability = ".".join(map(str, gpu.device.capability or ()))
-        yield Place(gpu.device, gpu.name, f"compute capability {capability}", *_why_no_cuda(gpu))
+        yield LocalDevice(gpu.device, gpu.name, f"compute capability {capability}", *_why_no_cuda(gpu))
     for gpu in gpus.amd():
-        yield Place(gpu.device, gpu.name, gpu.device.arch, *_why_no_rocm(gpu))
-    for kind, module in (("mps", torch.backends.mps), ("xpu", torch.xpu)):
-        if module.is_available():
-            yield Place(Device(kind), kind, "")
-
-
-def _cpu_name() -> str:
-    """As the kernel calls it; `platform.processor` knows none on Linux."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return next(iter(named), "") or platform.processor() or platform.machine()
+        yield LocalDevice(gpu.device, gpu.name, gpu.device.arch, *_why_no_rocm(gpu))
+    yield from (LocalDevice(Device(kind), kind, "") for kind in ("mps", "xpu") if device_count(kind))
 
 
 def _why_no_cuda(gpu: gpus.Gpu) -> tuple[str, str]:

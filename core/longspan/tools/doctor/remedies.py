@@ -45,40 +45,40 @@ class Remedy:
 
 
 def remedies(
-    machine: Machine, ledger: Ledger, found: tuple[Setting, ...], files: tuple[Unused, ...] = ()
+    machine: Machine, ledger: Ledger, variables: tuple[Setting, ...], files: tuple[Unused, ...] = ()
 ) -> tuple[Remedy, ...]:
     """All of them, what is broken first."""
-    listed = [*_settings(found), *_names(ledger, found), *_rows(ledger, found)]
-    listed += [Remedy(f"{one.path} {one.why}", (one.fix,), broken=one.broken) for one in files]
+    listed = [*_settings(variables), *_names(ledger, variables), *_rows(ledger, variables)]
+    listed += [Remedy(f"{file.path} {file.why}", (file.fix,), broken=file.broken) for file in files]
     listed += [
-        Remedy(f"{place.name}: {place.why}", (place.fix,), broken=False) for place in machine.places if place.why
+        Remedy(f"{local.name}: {local.why}", (local.fix,), broken=False) for local in machine.devices if local.why
     ]
-    listed += [_useless(one) for one in ledger.unusable if one.fixes]
+    listed += [_useless(useless) for useless in ledger.unusable if useless.fixes]
     listed += [
         Remedy(f"{row.name} works, and would be faster with {evolve(lack, fix='')}", (lack.fix,), broken=False)
         for row in ledger.rows
         for lack in row.lacks
         if lack.fix
     ]
-    return tuple(sorted(listed, key=lambda one: not one.broken))
+    return tuple(sorted(listed, key=lambda remedy: not remedy.broken))
 
 
-def _settings(found: tuple[Setting, ...]) -> Iterator[Remedy]:
-    for one in found:
-        if one.error:
-            what = one.error if one.known else f"{one.name}: {one.error}"
-            yield Remedy(what, (f"unset {one.name}",), broken=one.known)
+def _settings(variables: tuple[Setting, ...]) -> Iterator[Remedy]:
+    for setting in variables:
+        if setting.error:
+            what = setting.error if setting.known else f"{setting.name}: {setting.error}"
+            yield Remedy(what, (f"unset {setting.name}",), broken=setting.known)
 
 
-def _names(ledger: Ledger, found: tuple[Setting, ...]) -> Iterator[Remedy]:
+def _names(ledger: Ledger, variables: tuple[Setting, ...]) -> Iterator[Remedy]:
     """Names in the environment that nobody has, and a backend asked for that cannot serve."""
     backends = {row.name for row in ledger.rows}
     owners = {row.distribution for row in ledger.rows if row.distribution} | {"builtin"}
-    for one in found:
-        if one.name not in LISTS or one.error:
+    for setting in variables:
+        if setting.name not in LISTS or setting.error:
             continue
-        listed = names(one.name, {one.name: one.value})
-        known = backends | owners if one.name == "LONGSPAN_PLUGINS" else backends
+        listed = names(setting.name, {setting.name: setting.value})
+        known = backends | owners if setting.name == "LONGSPAN_PLUGINS" else backends
         for name in listed:
             if name in known or (known is not backends and _canonical(name) in map(_canonical, owners)):
                 continue
@@ -86,10 +86,10 @@ def _names(ledger: Ledger, found: tuple[Setting, ...]) -> Iterator[Remedy]:
             hint = f"did you mean {near!r}?" if near else f"known are {', '.join(sorted(known))}"
             right = [near if word == name and near else word for word in listed if word != name or near]
             # Only the allow-list takes a name that nobody has.
-            what = f"{one.name}={one.value}: {name!r} is nobody's name; {hint}"
-            yield Remedy(what, (_export(one.name, right),), broken=known is backends)
-        if one.name == "LONGSPAN_BACKEND" and listed and (why := _serves_nothing(listed[0], ledger)):
-            yield Remedy(f"{one.name}={one.value}: {why}, so every call fails", (f"unset {one.name}",))
+            what = f"{setting.name}={setting.value}: {name!r} is nobody's name; {hint}"
+            yield Remedy(what, (_export(setting.name, right),), broken=known is backends)
+        if setting.name == "LONGSPAN_BACKEND" and listed and (why := _serves_nothing(listed[0], ledger)):
+            yield Remedy(f"{setting.name}={setting.value}: {why}, so every call fails", (f"unset {setting.name}",))
 
 
 def _canonical(name: str) -> str:
@@ -101,14 +101,14 @@ def _serves_nothing(name: str, ledger: Ledger) -> str:
     states = [row.state for row in ledger.rows if row.name == name]
     if states and "loaded" not in states:
         return f"{name} is {states[0]}"
-    return f"{name} serves no problem here" if name in {one.backend for one in ledger.unusable} else ""
+    return f"{name} serves no problem here" if name in {useless.backend for useless in ledger.unusable} else ""
 
 
-def _rows(ledger: Ledger, found: tuple[Setting, ...]) -> Iterator[Remedy]:
+def _rows(ledger: Ledger, variables: tuple[Setting, ...]) -> Iterator[Remedy]:
     claimed: dict[str, list[BackendInfo]] = {}
     for row in ledger.rows:
         what = f"{row.name} of {row.distribution} {row.version} is {row.state}: {row.error}"
-        block = _export("LONGSPAN_BLOCK", [*_blocked(found), row.name]) if is_name(row.name) else ""
+        block = _export("LONGSPAN_BLOCK", [*_blocked(variables), row.name]) if is_name(row.name) else ""
         package = shlex.quote(row.distribution)
         if row.state == "loaded" and row.error:
             yield Remedy(f"{row.name} of {row.distribution} {row.version} {row.error}", (block,), broken=False)
@@ -126,15 +126,22 @@ def _rows(ledger: Ledger, found: tuple[Setting, ...]) -> Iterator[Remedy]:
     for name, same in claimed.items():
         third = [row.distribution for row in same if row.distribution != OWN]
         what = f"{name} is {same[0].error}"
-        yield Remedy(what, tuple(f"{pip()} uninstall {shlex.quote(one)}" for one in third))
+        yield Remedy(what, tuple(f"{pip()} uninstall {shlex.quote(owner)}" for owner in third))
 
 
-def _blocked(found: tuple[Setting, ...]) -> list[str]:
-    return [name for one in found if one.name == "LONGSPAN_BLOCK" and not one.error for name in names(one.name)]
+def _blocked(variables: tuple[Setting, ...]) -> list[str]:
+    return [
+        name
+        for setting in variables
+        if setting.name == "LONGSPAN_BLOCK" and not setting.error
+        for name in names(setting.name)
+    ]
 
 
-def _useless(one: Unusable) -> Remedy:
-    return Remedy(f"{one.backend} is installed and of no use here: {'; '.join(one.texts)}", one.fixes, broken=False)
+def _useless(useless: Unusable) -> Remedy:
+    return Remedy(
+        f"{useless.backend} is installed and of no use here: {'; '.join(useless.texts)}", useless.fixes, broken=False
+    )
 
 
 def _export(variable: str, listed: list[str]) -> str:

@@ -13,7 +13,7 @@ from longspan.memory import compiled
 from longspan.memory.folders import Unused
 from longspan.registry import profile, quarantine
 from longspan.registry.policy import Policy, current
-from longspan.tools.doctor.ledger import Ledger, ledger_apart, ledger_here
+from longspan.tools.doctor.ledger import Ledger, isolated_ledger, local_ledger
 from longspan.tools.doctor.machine import Machine, machine
 from longspan.tools.doctor.remedies import Remedy, remedies
 from longspan.tools.doctor.settings import Setting, readable, settings
@@ -50,12 +50,12 @@ class Report:
             "isolated": self.isolated,
             "machine": {**self.machine.to_dict(), "cuda_initialized": self.cuda_initialized},
             "ledger": [row.to_dict() for row in self.ledger.rows],
-            "unusable": [one.to_dict() for one in self.ledger.unusable],
-            "environment": [one.to_dict() for one in self.settings],
+            "unusable": [useless.to_dict() for useless in self.ledger.unusable],
+            "environment": [setting.to_dict() for setting in self.settings],
             "policy": {"error": self.policy} if isinstance(self.policy, str) else _policy(self.policy),
             "quarantine": _quarantine(),
-            "files": [asdict(one) for one in self.files],
-            "to_fix": [one.to_dict() for one in self.remedies],
+            "files": [asdict(file) for file in self.files],
+            "to_fix": [remedy.to_dict() for remedy in self.remedies],
         }
 
 
@@ -69,16 +69,16 @@ def examine(isolate: bool = False, timeout: float = 60.0) -> Report:
     Raises:
         PluginError: `isolate` where this Python does not know its own executable.
     """
-    here, found = machine(), settings()
-    environ = readable(found)
+    here, variables = machine(), settings()
+    environ = readable(variables)
     files = (*compiled.survey(), *profile.survey())
-    ledger = ledger_apart(here.devices, environ, timeout) if isolate else ledger_here(here.devices, environ)
+    ledger = isolated_ledger(here.usable, environ, timeout) if isolate else local_ledger(here.usable, environ)
     return Report(
         machine=here,
         ledger=ledger,
-        settings=found,
+        settings=variables,
         policy=_in_force(),
-        remedies=remedies(here, ledger, found, files),
+        remedies=remedies(here, ledger, variables, files),
         cuda_initialized=torch.cuda.is_initialized(),  # type: ignore[no-untyped-call]
         isolated=isolate,
         files=files,

@@ -16,9 +16,9 @@ __all__ = ["Setting", "in_environment", "readable", "settings"]
 
 
 def _one(variable: str, environ: Mapping[str, str]) -> object:
-    if len(found := names(variable, environ)) > 1:
+    if len(given := names(variable, environ)) > 1:
         raise PolicyError(f"{variable}={environ[variable]!r}: want one name. Next: use LONGSPAN_PREFER for an order")
-    return found
+    return given
 
 
 READERS: dict[str, Callable[[str, Mapping[str, str]], object]] = {
@@ -64,13 +64,13 @@ def _setting(name: str, environ: Mapping[str, str]) -> Setting:
     return Setting(name, value)
 
 
-def readable(found: tuple[Setting, ...], environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+def readable(variables: tuple[Setting, ...], environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """An environment in which backends can be listed: nothing in it raises.
 
     Where the block or the allow-list cannot be read, only built-in backends are let in: of the others nobody knows
     which were to be kept out.
     """
-    unread = {one.name for one in found if one.error and one.known}
+    unread = {setting.name for setting in variables if setting.error and setting.known}
     made = {name: value for name, value in environ.items() if name not in unread | {"LONGSPAN_STRICT"}}
     if unread & {"LONGSPAN_BLOCK", "LONGSPAN_PLUGINS"}:
         made["LONGSPAN_PLUGINS"] = "builtin"

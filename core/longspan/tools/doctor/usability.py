@@ -38,26 +38,33 @@ class Unusable:
     def fixes(self) -> tuple[str, ...]:
         """Lines of which one makes it of use here; none where it is not made for this machine's devices."""
         hopeless = {device for device, reason in self.reasons if reason.code in ("device", "claims")}
-        return tuple(dict.fromkeys(one.fix for device, one in self.reasons if device not in hopeless and one.fix))
+        return tuple(
+            dict.fromkeys(reason.fix for device, reason in self.reasons if device not in hopeless and reason.fix)
+        )
 
     @property
     def texts(self) -> tuple[str, ...]:
         """The reasons as sentences."""
-        return (*(str(one) for _, one in self.reasons), *(f"on {device}: {one}" for device, one in self.elsewhere))
+        return (
+            *(str(reason) for _, reason in self.reasons),
+            *(f"on {device}: {reason}" for device, reason in self.elsewhere),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         groups = ((True, self.reasons), (False, self.elsewhere))
-        listed = [{"device": device, "here": here, **asdict(one)} for here, group in groups for device, one in group]
+        listed = [
+            {"device": device, "here": here, **asdict(reason)} for here, group in groups for device, reason in group
+        ]
         return {"backend": self.backend, "reasons": listed, "fixes": list(self.fixes)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Unusable:
         """What `to_dict` gave."""
         groups: dict[bool, list[tuple[str, Reason]]] = {True: [], False: []}
-        for one in values["reasons"]:
-            fields = {name: value for name, value in one.items() if name not in ("device", "here")}
-            groups[one["here"]].append((one["device"], Reason(**fields)))
+        for listed in values["reasons"]:
+            fields = {name: value for name, value in listed.items() if name not in ("device", "here")}
+            groups[listed["here"]].append((listed["device"], Reason(**fields)))
         return cls(values["backend"], tuple(groups[True]), tuple(groups[False]))
 
 
@@ -76,17 +83,17 @@ def unusable(candidate: Candidate, devices: Iterable[Device]) -> Unusable | None
     patterns = [pattern for pattern in PATTERNS if can.runs(pattern.kind)]
     if not patterns:  # all its patterns are unknown to this list
         return None
-    found: list[tuple[str, Reason]] = []
+    against: list[tuple[str, Reason]] = []
     for device in devices:
         if not (least := _least(candidate, can, device, patterns)):
             return None
-        found += [(device.name, reason) for reason in least]
+        against += [(device.name, reason) for reason in least]
     elsewhere: list[tuple[str, Reason]] = []
-    if all(reason.code == "device" for _, reason in found):
+    if all(reason.code == "device" for _, reason in against):
         made_for = _example(can.devices[0])
         reasons = _least(candidate, can, made_for, patterns)
         elsewhere += [(made_for.name, reason) for reason in reasons if reason.code != "device"]
-    return Unusable(candidate.name, tuple(found), tuple(elsewhere))
+    return Unusable(candidate.name, tuple(against), tuple(elsewhere))
 
 
 def _least(candidate: Candidate, can: Capabilities, device: Device, patterns: list[Pattern]) -> tuple[Reason, ...]:
