@@ -102,9 +102,9 @@ class PatternCache:
             return self._missed(key)
         cached.used = next(self._clock)
         cached.hits += 1
-        if cached.has_copies:
+        if cached.copies:
             self._promote([cached])
-        return cached.value if cached.value is not None else self._unpacked(cached)
+        return cached.value if cached.value is not None else self._value(cached)
 
     def put(self, key: Hashable, layout: Any) -> None:
         """Keep a copy of a layout under a key; the least recently used ones go where there is no room."""
@@ -282,12 +282,12 @@ class PatternCache:
 
     def _peek(self, key: Hashable) -> Any | None:
         cached = self._entries.get(key)
-        if cached is None:
-            return None
-        return cached.value if cached.value is not None else self._unpacked(cached)
+        return None if cached is None else self._value(cached)
 
-    def _unpacked(self, cached: CachedLayout) -> Any:
-        """A copy, on the current stream."""
+    def _value(self, cached: CachedLayout) -> Any:
+        """What everybody has, or a copy, on the current stream."""
+        if cached.value is not None:
+            return cached.value
         with self._lock:
             self._promote([cached])
             data = cached.ready()

@@ -96,10 +96,10 @@ class CachedLayout:
     """A layout that is kept, and what was copied of it to devices.
 
     `value` is it where everybody may have the same object, else None: everybody then gets a copy. `used` is a number
-    that grows with each use.
+    that grows with each use; `copies` are by name and device.
     """
 
-    __slots__ = ("_buffers", "_copies", "_packing", "_rest", "hits", "key", "pins", "used", "value")
+    __slots__ = ("_buffers", "_packing", "_rest", "copies", "hits", "key", "pins", "used", "value")
 
     def __init__(
         self, key: Hashable, layout: Any, used: int, offloader_for: Callable[[torch.device], Offloader | None]
@@ -110,7 +110,7 @@ class CachedLayout:
         self.value: Any = layout if self._packing.is_shared else None
         self._buffers = {at: Buffer(flat, offloader_for(at)) for at, flat in data.items()}
         self._rest = max(0, nbytes_of(layout) - sum(flat.numel() for flat in data.values()))
-        self._copies: dict[tuple[str, torch.device], _KeptCopy] = {}
+        self.copies: dict[tuple[str, torch.device], _KeptCopy] = {}
 
     @property
     def device_bytes(self) -> int:
@@ -122,11 +122,6 @@ class CachedLayout:
         """What it takes elsewhere."""
         return self._rest + sum(buffer.data.numel() for buffer in self._all_buffers() if not buffer.is_movable)
 
-    @property
-    def has_copies(self) -> bool:
-        """Whether anything was copied of it to a device."""
-        return bool(self._copies)
-
     def offloaded(self) -> list[Buffer]:
         """What is to be moved back before it is of use."""
         return [buffer for buffer in self._all_buffers() if buffer.is_offloaded]
@@ -134,7 +129,7 @@ class CachedLayout:
     def idle(self) -> list[Buffer]:
         """What could leave its device: nobody uses it."""
         idle = [*self._buffers.values()]
-        for copy in self._copies.values():
+        for copy in self.copies.values():
             if not copy.is_used:
                 idle += copy.buffers.values()
         return [buffer for buffer in idle if buffer.is_movable]
@@ -152,14 +147,14 @@ class CachedLayout:
 
     def add_copy(self, name: str, device: torch.device, value: Any, offloader: Offloader) -> None:
         """Keep a value with its tensors, which are on the CPU, for a device; nothing is moved yet."""
-        if (name, device) not in self._copies:
+        if (name, device) not in self.copies:
             packing, data = pack(value)
             buffers = {at: Buffer(flat, offloader, is_offloaded=True) for at, flat in data.items()}
-            self._copies[name, device] = _KeptCopy(packing, buffers)
+            self.copies[name, device] = _KeptCopy(packing, buffers)
 
     def copy(self, name: str, device: torch.device) -> DeviceCopy:
         """What was added under this name, and is on its device by now: one object for all who hold it."""
-        kept = self._copies[name, device]
+        kept = self.copies[name, device]
         given = None if kept.given is None else kept.given()
         if given is None:
             data = {at: buffer.data for at, buffer in kept.buffers.items()}
@@ -169,7 +164,7 @@ class CachedLayout:
 
     def _all_buffers(self) -> Iterator[Buffer]:
         yield from self._buffers.values()
-        for copy in self._copies.values():
+        for copy in self.copies.values():
             yield from copy.buffers.values()
 
 
