@@ -164,17 +164,43 @@ def _flash_attn_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p,
 """
 
 
-@pytest.fixture
-def flash_attn(tmp_path, monkeypatch):
-    """A package of the form of `flash-attn` 2, whose kernels are the core's arithmetic."""
-    (tmp_path / "flash_attn").mkdir()
-    (tmp_path / "flash_attn" / "__init__.py").touch()
-    (tmp_path / "flash_attn" / "flash_attn_interface.py").write_text(FLASH_ATTN)
-    (tmp_path / "flash_attn_2_cuda.py").touch()
-    (tmp_path / "flash_attn-2.8.3.dist-info").mkdir()
-    (tmp_path / "flash_attn-2.8.3.dist-info" / "METADATA").write_text("Name: flash-attn\nVersion: 2.8.3\n")
+FLASH_ATTN_4 = """
+from longspan import blockwise
+
+def _flash_attn_fwd(q, k, v, softmax_scale, causal, window_size_left, window_size_right, softcap, return_lse):
+    assert (window_size_left, window_size_right, softcap, return_lse) == (None, None, 0.0, True)
+    out, lse = blockwise.forward(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal, scale=softmax_scale)
+    return out.transpose(1, 2), lse
+
+def _flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale, causal):
+    saved = (x.transpose(1, 2) for x in (dout, q, k, v, out))
+    grads = blockwise.backward(*saved, lse, is_causal=causal, scale=softmax_scale)
+    return tuple(grad.transpose(1, 2) for grad in grads)
+"""
+PACKAGES = {
+    "FlashAttention 2 2.8.3": (
+        "flash-attn",
+        ("flash_attn/flash_attn_interface.py", "flash_attn_2_cuda.py"),
+        FLASH_ATTN,
+    ),
+    "FlashAttention 4 2.8.3": ("flash-attn-4", ("flash_attn/cute/interface.py",), FLASH_ATTN_4),
+}
+"""Packages of the family's forms, whose kernels are the core's arithmetic: distribution, modules, source."""
+
+
+@pytest.fixture(params=PACKAGES)
+def flash_attn(request, tmp_path, monkeypatch):
+    distribution, modules, source = PACKAGES[request.param]
+    for module in modules:
+        (tmp_path / module).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / module).write_text(source)
+    for folder in tmp_path.glob("flash_attn/**/"):
+        (folder / "__init__.py").touch()
+    record = tmp_path / f"{distribution.replace('-', '_')}-2.8.3.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text(f"Name: {distribution}\nVersion: 2.8.3\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    yield
+    yield request.param
     for name in [name for name in sys.modules if name.startswith("flash_attn")]:
         del sys.modules[name]
 
@@ -207,7 +233,7 @@ def test_flash_serves_by_the_package_that_is_installed(flash_attn):
     for is_causal in (False, True):
         problem = FLASH_PROBLEM.replace(is_causal=is_causal)
         kernel, given = flash.longspan_kernel(problem), {"is_causal": is_causal, "scale": problem.scale}
-        assert kernel.library == "FlashAttention 2 2.8.3"
+        assert kernel.library == flash_attn
         out, lse = kernel.forward(query, key, value)
         assert_same((out, lse), ls.blockwise.forward(query, key, value, **given))
         saved = dout, query, key, value, out, lse

@@ -1,6 +1,6 @@
 """The FlashAttention family behind one name: the FA4, FA3 or FA2 package, whichever is installed and takes the device.
 
-Dao et al., arXiv 2205.14135, 2307.08691, 2407.08608. One sub-module a library; the first that takes a problem serves.
+Dao et al., arXiv 2205.14135, 2307.08691, 2407.08608. The first of `LIBRARIES` that is there and takes a problem serves.
 torch's own flash operator is one of those of `sdpa`.
 """
 
@@ -11,11 +11,7 @@ from collections.abc import Iterable
 from attrs import evolve
 
 from longspan.plugin import Capabilities, Kernel, Problem, Reason, hookimpl, install_line
-from longspan_plugins.flash import fa2, fa3, fa4
-from longspan_plugins.flash.library import Library
-
-LIBRARIES: tuple[Library, ...] = (fa4.LIBRARY, fa3.LIBRARY, fa2.LIBRARY)
-"""Best first."""
+from longspan_plugins.flash.library import LIBRARIES, Library
 
 
 @hookimpl
@@ -40,9 +36,10 @@ def longspan_capabilities() -> Capabilities:
 def longspan_unsupported(problem: Problem) -> Iterable[Reason]:
     """No package that has kernels for the device; and masking comes before scaling in these kernels."""
     if serving(problem) is None:
-        wanted = " or ".join(library.distribution for library in LIBRARIES if library.takes(problem))
-        fix = install_line(fa2.LIBRARY.distribution, "--no-build-isolation") if fa2.LIBRARY.takes(problem) else ""
-        yield Reason("package", "flash", "not installed", f"the package {wanted}" if wanted else "an older device", fix)
+        wanted = [library.distribution for library in LIBRARIES if library.takes(problem)]
+        want = f"the package {' or '.join(wanted)}" if wanted else "an older device"
+        fix = install_line("flash-attn", "--no-build-isolation") if "flash-attn" in wanted else ""
+        yield Reason("package", "flash", "not installed", want, fix)
     if problem.scale <= 0:
         yield Reason("scale", "scale", str(problem.scale), "a positive number", "scale the query instead")
 

@@ -51,26 +51,13 @@ def efficient_backward(
     state = torch.zeros((), dtype=torch.int64, device="cpu")  # of the dropout generator; unread without dropout
     kv_heads = key.shape[1]
     key, value = _repeated(query, key), _repeated(query, value)
-    dquery, dkey, dvalue, _ = aten._scaled_dot_product_efficient_attention_backward(
-        dout,
-        query,
-        key,
-        value,
-        None,
-        out,
-        padded,
-        state,
-        state,
-        0.0,
-        [True, True, True, False],
-        is_causal,
-        scale=scale,
-    )
+    run, wanted = aten._scaled_dot_product_efficient_attention_backward, [True, True, True, False]
+    saved = dout, query, key, value, None, out, padded, state, state
+    dquery, dkey, dvalue, _ = run(*saved, 0.0, wanted, is_causal, scale=scale)
     return dquery, *(x if x.shape[1] == kv_heads else x.unflatten(1, (kv_heads, -1)).sum(2) for x in (dkey, dvalue))
 
 
 def _repeated(query: Tensor, tensor: Tensor) -> Tensor:
     """Key heads as many as query heads, as the memory-efficient operator wants them."""
-    return (
-        tensor if tensor.shape[1] == query.shape[1] else tensor.repeat_interleave(query.shape[1] // tensor.shape[1], 1)
-    )
+    group = query.shape[1] // tensor.shape[1]
+    return tensor if group == 1 else tensor.repeat_interleave(group, 1)

@@ -46,14 +46,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """`(out, lse)` of half-precision tensors by a float32 operator: no float32 copy of a whole sequence ever exists.
 
-    Args:
-        run: `(query, key, value, is_causal=, scale=, mask=)` to `(out, lse)`.
-        query: `(batch, heads, q_len, head_dim)`.
-        key: `(batch, kv_heads, kv_len, head_dim)`, at least one key.
-        value: the shape of `key`.
-        is_causal: query `i` sees keys up to `i`.
-        scale: factor on the scores.
-        mask: `(1, 1, q_len, kv_len)`, 0 where a query sees a key, else -inf.
+    `run` makes `(out, lse)` of `(query, key, value, is_causal=, scale=, mask=)`. There is at least one key; `mask` is
+    `(1, 1, q_len, kv_len)`, 0 where a query sees a key, else -inf.
     """
     tiles = Tiling.of(query)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -90,21 +84,10 @@ def backward(
     tiles: Tiling | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Gradients:
-    """`(dquery, dkey, dvalue)` for the joint out and lse, by an operator's backward.
+    """`(dquery, dkey, dvalue)` for the joint out and lse, by an operator's backward; arguments are as in `forward`.
 
-    Args:
-        run: `(dout, query, key, value, out, lse, is_causal=, scale=, mask=)` to the gradients.
-        dout: the gradient of `out`.
-        query: as in `forward`, and so are `key`, `value`, `is_causal`, `scale` and `mask`.
-        key: see `query`.
-        value: see `query`.
-        out: the joint output.
-        lse: the joint log-sum-exp, `(batch, heads, q_len)`.
-        is_causal: see `query`.
-        scale: see `query`.
-        mask: see `query`.
-        tiles: how much the operator takes at once; `Tiling.of(query)` unless given.
-        dtype: of the tensors that it takes.
+    `run` takes `(dout, query, key, value, out, lse, is_causal=, scale=, mask=)` in `dtype`, as much as `tiles` says:
+    `Tiling.of(query)` unless given.
     """
     tiles = tiles or Tiling.of(query)
     dquery, dkey, dvalue = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
