@@ -42,12 +42,12 @@ def tensors(n: int, dtype: torch.dtype = torch.float32, heads: int = 2, dim: int
 def test_block_sparse_batched_launches_at_most_ten_kernels_however_many_blocks(is_causal, strided):
     found = []
     for blocks in (2, 16, 128):
-        strips = [x.view(1, 2, blocks, 32, 16).permute(0, 2, 1, 3, 4).flatten(0, 1) for x in tensors(32 * blocks)]
-        strips = strips if strided else [x.contiguous() for x in strips]
-        assert strips[0].is_contiguous() != strided
-        made = ls.plan(ls.Problem.like(*strips, is_causal=is_causal), backend="block_sparse_batched")
-        made(*strips)
-        found.append(launches(lambda strips=strips, made=made: made(*strips)))
+        segments = [x.view(1, 2, blocks, 32, 16).permute(0, 2, 1, 3, 4).flatten(0, 1) for x in tensors(32 * blocks)]
+        segments = segments if strided else [x.contiguous() for x in segments]
+        assert segments[0].is_contiguous() != strided
+        made = ls.plan(ls.Problem.like(*segments, is_causal=is_causal), backend="block_sparse_batched")
+        made(*segments)
+        found.append(launches(lambda segments=segments, made=made: made(*segments)))
     assert found[0] == found[1] == found[2]
     assert {"aten::baddbmm", "aten::bmm"} <= set(found[0])
     assert len(found[0]) <= 10, found[0]

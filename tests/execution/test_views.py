@@ -44,8 +44,8 @@ def numbered(shape, layout):
     return torch.arange(batch * heads * n * dim).view(shape)
 
 
-def indices(rows, strip):
-    return [rows.start + strip * rows.period + i * rows.stride for i in range(rows.length)]
+def indices(rows, segment):
+    return [rows.start + segment * rows.period + i * rows.stride for i in range(rows.length)]
 
 
 def heads_of(heads):
@@ -57,14 +57,14 @@ def text(tensor):
 
 
 def wanted(call, batch, query, key, value, lse):
-    """Every (query strip, key strip, value strip, lse strip) that the call is to compute."""
+    """Every (query segment, key segment, value segment, lse segment) that the call is to compute."""
     mine, theirs = heads_of(call.heads), heads_of(call.kv_heads)
     ratio = len(mine) // len(theirs)
     found = Counter()
     for entry in range(batch):
         for place, head in enumerate(mine):
-            for strip in range(call.queries.count):
-                rows, keys = indices(call.queries, strip), indices(call.keys, strip)
+            for segment in range(call.queries.count):
+                rows, keys = indices(call.queries, segment), indices(call.keys, segment)
                 kv_head = theirs[place // ratio]
                 found[
                     text(query[entry, head, rows]), text(key[entry, kv_head, keys]),
@@ -111,8 +111,8 @@ def used(call, batch, key):
     theirs = heads_of(call.kv_heads)
     ratio = call.heads.count // len(theirs)
     for kv_head in theirs:
-        for strip in range(call.keys.count):
-            total[:, kv_head, indices(call.keys, strip)] += ratio
+        for segment in range(call.keys.count):
+            total[:, kv_head, indices(call.keys, segment)] += ratio
     return total
 
 
@@ -146,13 +146,13 @@ def calls(draw):
     kv_count, ratio = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     heads = Heads(draw(st.integers(0, 2)), kv_count * ratio, draw(st.integers(1, 3)))
     kv_heads = Heads(draw(st.integers(0, 2)), kv_count, draw(st.integers(1, 3)))
-    strips = draw(st.integers(1, 3))
+    segments = draw(st.integers(1, 3))
 
     def rows():
         length, stride = draw(st.integers(1, 4)), draw(st.integers(1, 3))
-        period = length * stride + draw(st.integers(0, 3)) if strips > 1 else draw(st.integers(0, 3))
-        made = Rows(draw(st.integers(0, 3)), length, stride, strips, period)
-        return made, made.start + (strips - 1) * period + (length - 1) * stride + 1 + draw(st.integers(0, 2))
+        period = length * stride + draw(st.integers(0, 3)) if segments > 1 else draw(st.integers(0, 3))
+        made = Rows(draw(st.integers(0, 3)), length, stride, segments, period)
+        return made, made.start + (segments - 1) * period + (length - 1) * stride + 1 + draw(st.integers(0, 2))
 
     (queries, q_len), (keys, kv_len) = rows(), rows()
     sizes = {
@@ -211,7 +211,7 @@ def test_plain_attention_is_one_launch(layout):
     assert len(made_for(dense(4, 4, 9), (2, 4, 9, 3), (2, 4, 9, 3), layout=layout)) == 1
 
 
-def test_strips_of_a_contiguous_tensor_fold_into_one_launch():
+def test_segments_of_a_contiguous_tensor_fold_into_one_launch():
     call = Call(Heads(0, 4), Heads(0, 4), Rows(1, 3, 2, 4, 8), Rows(1, 3, 2, 4, 8), True, True)
     assert len(made_for(call, (2, 4, 32, 3), (2, 4, 32, 3))) == 1
 

@@ -20,8 +20,8 @@ MODERATE = settings(deadline=None, max_examples=100)
 # --- what a layout says ---------------------------------------------------------------------------------------------
 
 
-def indices(rows, strip):
-    return [rows.start + strip * rows.period + i * rows.stride for i in range(rows.length)]
+def indices(rows, segment):
+    return [rows.start + segment * rows.period + i * rows.stride for i in range(rows.length)]
 
 
 def heads_of(heads):
@@ -50,8 +50,8 @@ def expand(layout, problem):
         if getattr(call, "flipped", False):
             block = block.flip(0, 1)
         rows = [indices(call.queries, j) for j in range(call.queries.count)]
-        flat = [row for strip in rows for row in strip]
-        assert len(set(flat)) == len(flat), "strips of one call share rows: in place they would overwrite each other"
+        flat = [row for segment in rows for row in segment]
+        assert len(set(flat)) == len(flat), "segments of one call share rows: in place they would overwrite each other"
         assert min(flat) >= 0 and max(flat) < problem.q_len
         place = (torch.tensor(mine)[:, None], torch.tensor(flat))
         if call.first:

@@ -12,6 +12,7 @@ import threading
 import traceback
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import attrs
 import pytest
@@ -25,6 +26,7 @@ from longspan.memory import cache_file
 from longspan.memory.cache import PatternCache, pattern_cache
 from longspan.memory.cached_layout import LayoutKey
 from longspan.memory.flatten import nbytes_of
+from longspan.memory.workspace import TorchAllocator, Workspace
 from longspan.testing import oracle
 
 PATTERN = ls.Dilated((5, 12), (1, 2))
@@ -407,6 +409,40 @@ def test_plans_are_right_and_warm_calls_ask_nobody_whatever_is_moved(monkeypatch
                 patch.setattr(PatternCache, "device_copy", None)
                 plan(*x)
     assert store.stats.promotions == 12 and store.stats.demotions == 10  # the last two were in use at the last move
+
+
+def test_a_device_that_bytes_do_not_leave_gets_copies_for_each_plan():
+    store = PatternCache()
+    layout, meta = kept(store, "a"), torch.device("meta")
+    assert store.device_copy("a", layout, "index", index(), meta) is None
+    workspace = Workspace((), TorchAllocator(), partial(store.device_copy, "a", layout))
+    made = index()
+    (first, second), masks = workspace.on_device("index", made, meta)
+    assert first.rows.is_meta and first.rows is second.rows and masks[0, 0].shape == (3, 2) and first.size == 7
+    assert workspace.on_device("index", made, meta)[0][0] is first
+    assert workspace.on_device("index", made, CPU) is made, "there already"
+
+
+def test_copies_made_in_inference_mode_serve_outside_of_it():
+    store, _ = on_a_device()
+    layout = kept(store, "a")
+    with torch.inference_mode():
+        (first, _), masks = store.device_copy("a", layout, "index", index(), CPU).value
+    assert not first.rows.is_inference() and not masks[0, 0].is_inference()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_of_a_fork_has_the_copies_of_its_plans():
+    store, _ = on_a_device()
+    plan = sparse_plan(RAGGED, store)
+    x = torch.randn(1, 2, RAGGED, 4)
+    want = plan(x, x, x)[0]
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        same = torch.equal(plan(x, x, x)[0], want) and torch.equal(sparse_plan(RAGGED, store)(x, x, x)[0], want)
+        os._exit(0 if same and store.stats.device_bytes > 0 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_store_of_somebody_elses_leaves_the_copies_to_the_plan():

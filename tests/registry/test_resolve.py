@@ -15,7 +15,7 @@ import longspan as ls
 from longspan import Capabilities, Device, Problem, Reason
 from longspan.registry.discovery import registry
 from longspan.registry.policy import Policy
-from longspan.registry.resolve import demand, refusals, resolve
+from longspan.registry.resolve import refusals, require, resolve
 from longspan.spec.backend import BackendInfo
 from longspan.spec.resolution import Candidate
 
@@ -151,7 +151,7 @@ def test_auto_never_takes_what_must_be_named(code, alone):
     assert "shy" in found["shy"].reasons[0].fix
     if alone:
         with pytest.raises(ls.BackendUnavailable, match="backend='shy'"):
-            demand(found)
+            require(found)
 
 
 @pytest.mark.parametrize("code", UNASKED, ids=str)
@@ -183,7 +183,7 @@ def test_what_is_not_loaded_is_never_taken_and_its_error_is_kept(state):
     named = resolve(problem(), [sick, candidate("plain")], Policy(backend="sick", backend_from="argument"))
     assert named.chosen is None
     with pytest.raises(ls.BackendUnavailable, match="libacme") as caught:
-        demand(named)
+        require(named)
     assert caught.value.resolution is named
 
 
@@ -199,7 +199,7 @@ def test_nobody_registered():
     assert (found.chosen, found.candidates) == (None, ())
     assert str(found)
     with pytest.raises(ls.BackendUnavailable, match="Next:"):
-        demand(found)
+        require(found)
 
 
 # --- the order ------------------------------------------------------------------------------------------------------
@@ -342,7 +342,7 @@ def test_a_backends_own_reasons_count_and_keep_their_words():
     assert found["o"].reasons == (odd,)
     assert refusals(problem(), candidate("o", odd)) == (odd,)
     with pytest.raises(ls.BackendUnavailable, match="drop a token"):
-        demand(resolve(problem(), [candidate("o", odd)], Policy(backend="o", backend_from="argument")))
+        require(resolve(problem(), [candidate("o", odd)], Policy(backend="o", backend_from="argument")))
 
 
 def test_a_backends_own_reasons_are_asked_of_the_problem_at_hand():
@@ -433,11 +433,11 @@ def test_a_resolution_survives_json_and_pickle_and_shows_itself(asked, backend):
     assert oks == sorted(oks, reverse=True), "those that fit come first"
     if found.chosen is None:
         with pytest.raises(ls.BackendUnavailable) as caught:
-            demand(found)
+            require(found)
         assert "Next:" in str(caught.value).splitlines()[-1]
     else:
         assert found[found.chosen].ok
-        assert demand(found) == found.chosen
+        assert require(found) == found.chosen
         if backend is None:
             assert found.candidates[0].name == found.chosen
 

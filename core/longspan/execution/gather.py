@@ -28,12 +28,12 @@ class Queries:
     def read(self, tensor: Tensor) -> Tensor:
         """The rows of a tensor `(batch, heads, q_len, width)`: a view where there is one."""
         group = self._job.group
-        found = self._grid(tensor)
+        rows = self._grid(tensor)
         if group.rows is not None:
-            found = found.index_select(2, group.rows[self._chunk.rows])
+            rows = rows.index_select(2, group.rows[self._chunk.rows])
         if self._folds:
-            return self._apart(found).flatten(3, 4).flatten(0, 1)
-        return found.flatten(0, 1)
+            return self._split_heads(rows).flatten(3, 4).flatten(0, 1)
+        return rows.flatten(0, 1)
 
     def store(self, tensor: Tensor, part: Tensor) -> None:
         """Write rows `(lines, rows, queries, width)` into a tensor `(batch, heads, q_len, width)`."""
@@ -43,7 +43,7 @@ class Queries:
         if self._folds:
             part = torch.unflatten(part, 3, (self._job.shared, -1))
             if group.rows is None:
-                self._apart(grid).copy_(part)
+                self._split_heads(grid).copy_(part)
                 return
             part = part.transpose(2, 3).flatten(1, 2)
         if group.rows is None:
@@ -60,8 +60,8 @@ class Queries:
         index = index[:, None].expand((*query.shape[:3], 1))
         return self.read(numbers)[:, :, 0, 0], self.read(index).squeeze(-1)
 
-    def _apart(self, grid: Tensor) -> Tensor:
-        """`(entries, kv_heads, rows, sharing heads, height, width)`."""
+    def _split_heads(self, grid: Tensor) -> Tensor:
+        """Query heads by the key head that they share: `(entries, kv_heads, rows, sharing heads, height, width)`."""
         return torch.unflatten(grid, 1, (self._kv_heads, -1)).transpose(2, 3)
 
     def _grid(self, tensor: Tensor) -> Tensor:
@@ -92,20 +92,20 @@ class Keys:
         """The keys of a tensor `(batch, kv_heads, kv_len, width)`; gathered into memory that the next launch reuses."""
         columns, width = self._columns, tensor.shape[3]
         if columns.run is not None:
-            found = self._run(tensor, columns.run)
+            keys = self._run(tensor, columns.run)
         else:
             count, size = columns.blocks.shape[1], columns.size
             index = columns.blocks[self._chunk.rows].flatten()
             shape = (self._entries, self._kv_heads, len(index), size, width)
-            found = torch.index_select(
+            keys = torch.index_select(
                 self._blocks(tensor), 2, index, out=scratch.again(name, shape, tensor.dtype)
             ).view(self._entries, self._kv_heads, self._rows, count * size, width)
             if columns.tail:
                 tail = self._tail(tensor).unsqueeze(2).expand(-1, -1, self._rows, -1, -1)
-                found = torch.cat([found, tail], dim=3)
+                keys = torch.cat([keys, tail], dim=3)
         if self._repeats > 1:
-            found = found.unsqueeze(2).expand(-1, -1, self._repeats, -1, -1, -1).flatten(1, 2)
-        return found.flatten(0, 1)
+            keys = keys.unsqueeze(2).expand(-1, -1, self._repeats, -1, -1, -1).flatten(1, 2)
+        return keys.flatten(0, 1)
 
     def add(self, total: Tensor, part: Tensor) -> None:
         """Add gradients `(lines, rows, keys, width)` to a tensor `(batch, kv_heads, kv_len, width)`."""
@@ -128,8 +128,8 @@ class Keys:
             size, device=device, dtype=torch.int64
         )
         last = self._job.group.key_blocks * size + torch.arange(columns.tail, device=device, dtype=torch.int64)
-        found = torch.cat([whole.flatten(1), last.expand(self._rows, -1)], dim=1)
-        return found + self._job.group.key_start
+        index = torch.cat([whole.flatten(1), last.expand(self._rows, -1)], dim=1)
+        return index + self._job.group.key_start
 
     def _first(self, run: tuple[int, int]) -> int:
         return run[0] + int(self._chunk.rows.start) * run[1]

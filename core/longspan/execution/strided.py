@@ -103,7 +103,7 @@ def launches(
 
     step = call.heads.step
     entries = dimension(batch, [s[0] for s in queries], [s[0] for s in keys])
-    strips = dimension(
+    segments = dimension(
         call.queries.count,
         [call.queries.period * s[2] for s in queries],
         [call.keys.period * s[2] for s in keys],
@@ -113,7 +113,7 @@ def launches(
         call.kv_heads.count, [ratio * step * s[1] for s in queries], [call.kv_heads.step * s[1] for s in keys]
     )
     fused = gqa and ratio > 1
-    outer = _fold([entries, strips] if fused else [entries, own, shared, strips])
+    outer = _fold([entries, segments] if fused else [entries, own, shared, segments])
     room = 1 if fused else 2
     outer.sort(key=lambda one: one[0])
     looped, kept = outer[: max(0, len(outer) - room)], outer[max(0, len(outer) - room) :]

@@ -2,7 +2,7 @@
 
 A branch of a dilated pattern reads every `r`-th row of each segment, which is a strided view of the sequence, so each
 (branch, offset) is one batched dense call over all full segments, plus one for the ragged tail. A sliding window is two
-batched calls, one of them upside down. Where queries do not start at the first key, a causal strip splits into a
+batched calls, one of them upside down. Where queries do not start at the first key, a causal segment splits into a
 rectangle that sees everything and a causal square. A block-sparse pattern becomes a `BlockLayout`, whose blocks are
 gathered where they do not lie side by side; where it keeps everything, it is dense attention.
 """
@@ -18,7 +18,7 @@ from attrs import frozen
 from longspan.errors import ArgumentError
 from longspan.lowering.blocks import BlockLayout
 from longspan.lowering.layout import Call, Heads, Layout
-from longspan.lowering.segments import Span, Strip, segment_strips, window_strips
+from longspan.lowering.segments import Segment, Span, dilated_segments, window_segments
 from longspan.patterns.blocks.sparse import BlockSparse, ChosenBlocks
 from longspan.patterns.dilated import Dilated
 from longspan.patterns.window import SlidingWindow
@@ -37,8 +37,8 @@ class _Branch:
     r: int
     s: int
 
-    def strips(self, span: Span, is_causal: bool) -> Iterator[Strip]:
-        return segment_strips(span, self.w, self.r, self.s, is_causal) if self.heads.count else iter(())
+    def segments(self, span: Span, is_causal: bool) -> Iterator[Segment]:
+        return dilated_segments(span, self.w, self.r, self.s, is_causal) if self.heads.count else iter(())
 
 
 @frozen
@@ -49,8 +49,8 @@ class _Window:
     left: int
     right: int
 
-    def strips(self, span: Span, is_causal: bool) -> Iterator[Strip]:
-        return window_strips(span, self.left, self.right, is_causal)
+    def segments(self, span: Span, is_causal: bool) -> Iterator[Segment]:
+        return window_segments(span, self.left, self.right, is_causal)
 
 
 def lower(problem: Problem, *, may_be_causal: bool = True) -> Layout | BlockLayout:
@@ -76,12 +76,12 @@ def lower(problem: Problem, *, may_be_causal: bool = True) -> Layout | BlockLayo
     for group in _groups(problem):
         for number, branch in enumerate(group):
             for span in _spans(problem):
-                for strip in branch.strips(span, problem.is_causal):
-                    store = strip.first and number == 0
-                    covering += store * branch.heads.count * strip.queries.count * strip.queries.length
+                for part in branch.segments(span, problem.is_causal):
+                    store = part.first and number == 0
+                    covering += store * branch.heads.count * part.queries.count * part.queries.length
                     for heads, kv_heads in head_pairs(branch.heads, problem):
                         calls.append(
-                            Call(heads, kv_heads, strip.queries, strip.keys, strip.is_causal, store, strip.flipped)
+                            Call(heads, kv_heads, part.queries, part.keys, part.is_causal, store, part.flipped)
                         )
     return Layout(tuple(calls), covering == problem.heads * problem.q_len)
 

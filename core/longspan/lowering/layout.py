@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from attrs import frozen
 
-__all__ = ["Call", "Heads", "Layout", "Rows", "progressions"]
+__all__ = ["Call", "Heads", "Layout", "Rows", "head_ranges"]
 
 CALL = 700
 """Bytes that a dense call takes, about: itself, its heads, its rows and their numbers."""
@@ -26,7 +26,7 @@ class Heads:
 class Rows:
     """A regular grid of sequence indices: `start + j * period + i * stride` for `i < length`, `j < count`.
 
-    One dense attention runs over each of the `count` strips of `length` rows.
+    One dense attention runs over each of the `count` dense segments of `length` rows.
     """
 
     start: int
@@ -38,13 +38,13 @@ class Rows:
 
 @frozen
 class Call:
-    """One dense attention: strip `j` of `queries` attends to strip `j` of `keys`, for each of the heads.
+    """One dense attention: dense segment `j` of `queries` attends to segment `j` of `keys`, for each of the heads.
 
     `heads.count` is a multiple of `kv_heads.count`: query heads are in order of the key heads that they share.
-    `is_causal` (as many queries as keys): query `i` of the strip sees its keys up to `i`.
+    `is_causal` (as many queries as keys): query `i` of a segment sees its keys up to `i`.
     `first`: nothing was written to these rows before, so the result is stored; else it is merged into them.
-    `flipped`: the kernel gets both strips in reverse order, so that a causal square becomes its mirror image, in which
-    query `i` sees the keys from `i` on.
+    `flipped`: the kernel gets both segments in reverse order, so that a causal square becomes its mirror image,
+    in which query `i` sees the keys from `i` on.
     """
 
     heads: Heads
@@ -57,7 +57,7 @@ class Call:
 
     @property
     def pairs(self) -> int:
-        """Query-key products over all heads and strips, for one batch entry (a causal square counts its half)."""
+        """Query-key products over all heads and segments, for one batch entry (a causal square counts its half)."""
         rows, keys = self.queries.length, self.keys.length
         seen = rows * (rows + 1) // 2 if self.is_causal else rows * keys
         return self.heads.count * self.queries.count * seen
@@ -96,7 +96,7 @@ class Layout:
         return f"{calls}, {self.pairs:,} query-key pairs per batch entry"
 
 
-def progressions(heads: Sequence[int]) -> Iterator[Heads]:
+def head_ranges(heads: Sequence[int]) -> Iterator[Heads]:
     """Head numbers, ascending, as few regular runs as a greedy look finds."""
     start = 0
     while start < len(heads):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longspan.lowering.blocks import BlockLayout
 from longspan.lowering.dense import head_pairs
-from longspan.lowering.layout import Call, Heads, Layout, progressions
+from longspan.lowering.layout import Call, Heads, Layout, head_ranges
 from longspan.lowering.segments import Span
 from longspan.patterns.blocks.csr import BlockCSR
 from longspan.patterns.blocks.masks import FULL
@@ -107,7 +107,7 @@ def masked_layout(problem: Problem, layout: BlockLayout) -> MaskedLayout:
     for span, found in zip(layout.spans, layout.blocks, strict=True):
         for which, csr in enumerate(found.layouts):
             mine = [head for head, one in enumerate(found.of_head) if one == which]
-            pairs = [pair for heads in progressions(mine) for pair in head_pairs(heads, problem)]
+            pairs = [pair for heads in head_ranges(mine) for pair in head_pairs(heads, problem)]
             for slab, is_first in _slabs(csr):
                 covering += is_first * len(mine) * (slab.queries.stop - slab.queries.start)
                 calls += [_call(span, slab, is_first, *pair) for pair in pairs]

@@ -11,7 +11,7 @@ from attrs import evolve, frozen
 from longspan.lowering.blocks import BlockLayout
 from longspan.lowering.dense import head_pairs
 from longspan.lowering.groups import Group
-from longspan.lowering.layout import Heads, progressions
+from longspan.lowering.layout import Heads, head_ranges
 from longspan.numerics.tensors import wide_dtype
 from longspan.spec.pattern import Dense
 from longspan.spec.problem import Problem
@@ -70,7 +70,7 @@ def schedule(problem: Problem, layout: BlockLayout) -> tuple[Job, ...]:
     for number, found in enumerate(layout.blocks):
         for which in range(len(found.layouts)):
             mine = [head for head, one in enumerate(found.of_head) if one == which]
-            pairs = [pair for heads in progressions(mine) for pair in head_pairs(heads, problem)]
+            pairs = [pair for heads in head_ranges(mine) for pair in head_pairs(heads, problem)]
             for group in layout.groups[number, which]:
                 jobs += [_job(problem, (number, which), group, *pair) for pair in pairs]
     return tuple(jobs)

@@ -106,13 +106,7 @@ class BufferArena:
             self._forced = before
 
     def allocate(self, spec: BufferSpec, device: torch.device, *, owner: int = 0) -> Tensor:
-        """Uninitialised memory, which comes back when the last tensor that uses it is dropped.
-
-        Args:
-            spec: shape and dtype.
-            device: where.
-            owner: the number of the reservation that needs it, 0 for none.
-        """
+        """Uninitialised memory, which comes back when the last tensor that uses it is dropped; arguments as `lease`."""
         return self._get(spec, device, owner, False, False)[0]
 
     @contextmanager
@@ -210,12 +204,14 @@ class BufferArena:
                 extent = Extent(stream, size)
                 if free:
                     gone.append(max(free, key=lambda one: one.size))
+                room = self.limit - self._held + sum(one.size for one in gone)
                 others = (one for one in self._extents if one.is_free() and one not in gone)
                 for other in sorted(others, key=lambda one: one.used):
-                    if self._held - sum(one.size for one in gone) + extent.size <= self.limit:
+                    if extent.size <= room:
                         break
                     gone.append(other)
-                if self._held - sum(one.size for one in gone) + extent.size > self.limit:
+                    room += other.size
+                if extent.size > room:
                     return None
                 self._drop(gone)
                 self._extents.append(extent)

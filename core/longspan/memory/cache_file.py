@@ -58,7 +58,7 @@ def save(path: str | Path, layouts: Iterable[tuple[LayoutKey, Any]]) -> tuple[in
     for key, layout in layouts:
         mine: dict[str, Tensor] = {}
         try:
-            row = [_encoded(one, mine, len(tensors)) for one in (key.problem, layout)]
+            row = [_encoded(value, mine, len(tensors)) for value in (key.problem, layout)]
         except _Foreign:
             left_out.append(key)
             continue
@@ -140,11 +140,11 @@ def _parted(data: bytes) -> tuple[str, bytes, bytes]:
 
 def _digest(release: bytes, rows: bytes, tensors: bytes) -> bytes:
     """Of the parts, each behind its length, so that no byte can go from one to another."""
-    found = sha256()
+    digest = sha256()
     for part in (release, rows, tensors):
-        found.update(b"%d\n" % len(part))
-        found.update(part)
-    return found.hexdigest().encode()
+        digest.update(b"%d\n" % len(part))
+        digest.update(part)
+    return digest.hexdigest().encode()
 
 
 def _release() -> str:
@@ -168,7 +168,7 @@ def _encoded(value: Any, tensors: dict[str, Tensor], first: int) -> Any:
     if type(value) is float:
         return {"float": value.hex()}
     if type(value) is tuple:
-        return [_encoded(one, tensors, first) for one in value]
+        return [_encoded(item, tensors, first) for item in value]
     if type(value) is Tensor and value.layout is torch.strided:
         name = str(first + len(tensors))
         tensors[name] = value.detach().cpu().contiguous().clone()
@@ -180,16 +180,16 @@ def _encoded(value: Any, tensors: dict[str, Tensor], first: int) -> Any:
     kind = type(value)
     if not attrs.has(kind) or not kind.__module__.startswith(PACKAGE):
         raise _Foreign
-    fields = {one.alias or one.name: one for one in attrs.fields(kind) if not one.name.startswith("_")}
+    names = {field.alias or field.name: field.name for field in attrs.fields(kind) if not field.name.startswith("_")}
     return {
         "class": f"{kind.__module__}:{kind.__qualname__}",
-        "fields": {name: _encoded(getattr(value, one.name), tensors, first) for name, one in fields.items()},
+        "fields": {alias: _encoded(getattr(value, name), tensors, first) for alias, name in names.items()},
     }
 
 
 def _decoded(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(value, list):
-        return tuple(_decoded(one, tensors) for one in value)
+        return tuple(_decoded(item, tensors) for item in value)
     if not isinstance(value, dict):
         return value
     if "float" in value:
@@ -204,4 +204,4 @@ def _decoded(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     kind = getattr(sys.modules.get(module) or import_module(module), name)
     if not (isinstance(kind, type) and attrs.has(kind) and kind.__module__ == module):
         raise ValueError(f"{value['class']} is no class of values")
-    return kind(**{field: _decoded(one, tensors) for field, one in value["fields"].items()})
+    return kind(**{name: _decoded(field, tensors) for name, field in value["fields"].items()})

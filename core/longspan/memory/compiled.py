@@ -150,11 +150,11 @@ class Home:
 
 def homes(name: str) -> tuple[Home, ...]:
     """Where code of this name may be kept, the better place first; without a home directory there is one less."""
-    found = []
+    known = []
     for folder in (cache_folder, scratch_folder):
         with suppress(OSError, RuntimeError):
-            found.append(Home(folder(name)))
-    return tuple(dict.fromkeys(found))
+            known.append(Home(folder(name)))
+    return tuple(dict.fromkeys(known))
 
 
 def _checked(name: str, folder: int) -> int:
@@ -179,8 +179,8 @@ def _differs(name: str, file: int) -> str:
     if match is None:
         return "has no digest of its content in its name"
     with os.fdopen(os.dup(file), "rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest()
-    return "" if found == match["digest"] else "is damaged, or not what was kept: its content has another digest"
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    return "" if digest == match["digest"] else "is damaged, or not what was kept: its content has another digest"
 
 
 def _names(folder: int | Path, *endings: str) -> list[str]:
@@ -204,12 +204,12 @@ def _failure(path: Path) -> str:
 
 def survey() -> tuple[Unused, ...]:
     """All compiled code of this user that is refused, and builds that are left alone for now. Changes nothing."""
-    found: list[Unused] = []
+    unused: list[Unused] = []
     with suppress(OSError, RuntimeError):
-        found += _surveyed(cache_folder(""), "LONGSPAN_CACHE")
+        unused += _surveyed(cache_folder(""), "LONGSPAN_CACHE")
     with suppress(OSError):
-        found += _surveyed(scratch_folder(""), "TMPDIR")
-    return tuple(found)
+        unused += _surveyed(scratch_folder(""), "TMPDIR")
+    return tuple(unused)
 
 
 def _surveyed(base: Path, variable: str) -> Iterator[Unused]:

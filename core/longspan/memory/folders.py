@@ -141,10 +141,10 @@ def read_own(path: str | Path, most: int | None = None) -> bytes:
         OSError: it cannot be read.
     """
     with os.fdopen(open_own(path), "rb") as file:
-        found = file.read() if most is None else file.read(most + 1)
-    if most is not None and len(found) > most:
+        data = file.read() if most is None else file.read(most + 1)
+    if most is not None and len(data) > most:
         raise NotOwn(f"is larger than {most:,} bytes")
-    return found
+    return data
 
 
 def write_whole(path: Path, data: bytes) -> None:

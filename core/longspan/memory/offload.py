@@ -131,7 +131,8 @@ def load(buffers: Sequence[Buffer]) -> int:
     for offloader in offloaders:
         assert offloader is not None  # else they would not have left
         mine = [buffer for buffer in buffers if buffer.offloader is offloader]
-        copies, event = offloader.to_device([buffer.data for buffer in mine])
+        with torch.inference_mode(False):  # they outlive the mode that a call happens to be made in
+            copies, event = offloader.to_device([buffer.data for buffer in mine])
         for buffer, data in zip(mine, copies, strict=True):
             buffer.data, buffer.is_offloaded, buffer._event = data, False, event
     return len(offloaders)

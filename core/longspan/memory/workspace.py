@@ -154,8 +154,8 @@ class Workspace:
         """
         copy = self._on_device.get((name, device))
         if copy is None:
-            copy = None if self._copies is None else self._copies(name, value, device)
-            copy = self._on_device[name, device] = copy or DeviceCopy(to_device(value, device))
+            shared = None if self._copies is None else self._copies(name, value, device)
+            copy = self._on_device[name, device] = shared or DeviceCopy(to_device(value, device))
         if copy.arriving:
             copy.wait()
         return copy.value
@@ -296,12 +296,12 @@ class FallbackAllocator:
         return f"FallbackAllocator({self._allocator if self._works else self._fallback!r})"
 
 
-def _checked(found: Any, spec: BufferSpec, device: torch.device) -> Tensor:
+def _checked(tensor: Any, spec: BufferSpec, device: torch.device) -> Tensor:
     dtype = getattr(torch, spec.dtype)
-    if not isinstance(found, Tensor):
-        raise PluginError(f"allocate() returned {type(found).__name__}. Next: return a torch.Tensor")
-    here = found.device.type == device.type and device.index in (None, found.device.index)
-    if tuple(found.shape) != tuple(spec.shape) or found.dtype is not dtype or not here or not found.is_contiguous():
-        got = f"{tuple(found.shape)} {found.dtype} on {found.device}, strides {found.stride()}"
+    if not isinstance(tensor, Tensor):
+        raise PluginError(f"allocate() returned {type(tensor).__name__}. Next: return a torch.Tensor")
+    here = tensor.device.type == device.type and device.index in (None, tensor.device.index)
+    if tuple(tensor.shape) != tuple(spec.shape) or tensor.dtype is not dtype or not here or not tensor.is_contiguous():
+        got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, strides {tensor.stride()}"
         raise PluginError(f"allocate() returned {got}; want {spec.shape} {dtype} on {device}. Next: fix the allocator")
-    return found
+    return tensor

@@ -21,9 +21,9 @@ from longspan.planning.build import build
 from longspan.planning.operators import attend_in_graph, differentiate_in_graph
 from longspan.planning.verification import Verification, observe
 from longspan.registry.discovery import registry
-from longspan.registry.explain import check_problem, rerouted, weigh
+from longspan.registry.explain import check_problem, rerouted, resolution_for
 from longspan.registry.policy import Policy
-from longspan.registry.resolve import demand
+from longspan.registry.resolve import require
 from longspan.spec.inputs import Arguments
 from longspan.spec.problem import Problem
 from longspan.spec.resolution import Resolution
@@ -55,7 +55,7 @@ def plan(
     check_problem("plan", problem, rest, foreign, ("backend", "pattern_cache"))
     for _ in range(2):  # a backend may learn what this machine lacks while its kernels are made: then choose again
         generation, lowering = registry.generation, Lowering(problem)
-        made = Plan(lowering, weigh(lowering, backend), pattern_cache)
+        made = Plan(lowering, resolution_for(lowering, backend), pattern_cache)
         if registry.generation == generation:
             break
     return made
@@ -70,7 +70,7 @@ class Plan:
 
     def __init__(self, lowering: Lowering, resolution: Resolution, pattern_cache: LayoutStore | None = None) -> None:
         self.problem = problem = lowering.asked
-        self.backend = backend = demand(resolution)
+        self.backend = backend = require(resolution)
         self._query_shape = torch.Size((problem.batch, problem.heads, problem.q_len, problem.head_dim))
         self._key_shape = torch.Size((problem.batch, problem.kv_heads, problem.kv_len, problem.head_dim))
         self._dtype: torch.dtype = getattr(torch, problem.dtype)

@@ -24,7 +24,7 @@ from longspan.spec.pattern import Dense
 from longspan.spec.problem import Problem
 from longspan.spec.resolution import Candidate, Resolution
 
-__all__ = ["check_problem", "explain", "rerouted", "weigh"]
+__all__ = ["check_problem", "explain", "rerouted", "resolution_for"]
 
 
 def explain(
@@ -46,7 +46,7 @@ def explain(
     check_problem("explain", problem, rest, foreign, ("device", "backend"))
     if device is not None:
         problem = problem.replace(device=device)
-    return weigh(Lowering(problem), backend)
+    return resolution_for(Lowering(problem), backend)
 
 
 def check_problem(
@@ -68,7 +68,7 @@ def check_problem(
         raise ArgumentError(f"{function}()", f"{len(rest)} arguments too many", want, "name them")
 
 
-def weigh(lowering: Lowering, backend: str | None) -> Resolution:
+def resolution_for(lowering: Lowering, backend: str | None) -> Resolution:
     """The resolution of a problem, with the way that it runs with the backend chosen.
 
     Args:

@@ -13,7 +13,7 @@ from longspan.spec.device import Device
 from longspan.spec.problem import Problem
 from longspan.spec.resolution import Candidate, Resolution, Verdict, native_refusals
 
-__all__ = ["demand", "refusals", "resolve"]
+__all__ = ["require", "refusals", "resolve"]
 
 
 def resolve(
@@ -70,7 +70,7 @@ def resolve(
     return resolution(chosen.name, "auto", _why(chosen, ranked, measured) + missed)
 
 
-def demand(resolution: Resolution) -> str:
+def require(resolution: Resolution) -> str:
     """The chosen backend's name.
 
     Raises:

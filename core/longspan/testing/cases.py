@@ -227,7 +227,7 @@ def _patterns(can: Capabilities) -> Iterator[_Draft]:
         yield _Draft(name, "patterns", changes, quick=quick, where=True)
         yield _Draft(f"{name}-causal", "patterns", {**changes, "is_causal": True}, quick=quick, where=True)
     if "dense" in can.patterns:
-        many = contract("any batch and heads: dense segments come as entries of a batch", "take any batch")
+        many = contract("a kernel may be called with any batch and heads: segments come as entries", "take any batch")
         segments = {"batch": 3, "heads": 5, "kv_heads": 5, "pattern": Dilated((4, 16), (2, 1))}
         yield _Draft("segments", many, segments, quick=True)
         joint = contract("out and lse may be those of more keys than a backward is given", _JOINT_FIX)

@@ -13,7 +13,7 @@ from attrs import evolve
 from longspan.patterns.dilated import Dilated
 from longspan.registry.discovery import registry
 from longspan.registry.explain import explain
-from longspan.registry.resolve import demand
+from longspan.registry.resolve import require
 from longspan.spec.device import Device
 from longspan.spec.local import local_device
 from longspan.spec.problem import Problem
@@ -95,10 +95,10 @@ def run(
         is_causal=True,
     )
     resolution = explain(problem, backend=backend)
-    verdicts = resolution.candidates if backend in (None, "auto") else (resolution[demand(resolution)],)
+    verdicts = resolution.candidates if backend in (None, "auto") else (resolution[require(resolution)],)
     fitting = [verdict.name for verdict in verdicts if verdict.ok]
     if not fitting:
-        demand(resolution)  # raises, with every reason
+        require(resolution)  # raises, with every reason
 
     steps = ["embedding the text", "float64 oracle on sampled rows", "dense SDPA", *fitting]
     exact = {row.name: row.capabilities is None or row.capabilities.exact for row in registry.backends()}
