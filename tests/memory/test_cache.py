@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import pickle
 import random
@@ -24,7 +25,7 @@ from longspan.lowering.dense import lower
 from longspan.lowering.layout import Layout
 from longspan.memory import cache_file
 from longspan.memory.cache import PatternCache, pattern_cache
-from longspan.memory.cached_layout import LayoutKey
+from longspan.memory.cached_layout import CachedLayout, LayoutKey
 from longspan.memory.flatten import nbytes_of
 from longspan.memory.workspace import TorchAllocator, Workspace
 from longspan.testing import oracle
@@ -103,10 +104,15 @@ def test_bytes_are_what_a_layout_says():
 
 
 def test_a_put_under_the_same_key_for_ever_takes_no_more_memory():
-    store = PatternCache()
+    store, before = PatternCache(), cached_layouts()
     for _ in range(1000):
         store.put("a", blocks())
-    assert len(store._queue) < 200
+    assert cached_layouts() == before + 1 and store.stats.host_bytes < 2000
+
+
+def cached_layouts():
+    gc.collect()
+    return sum(isinstance(one, CachedLayout) for one in gc.get_objects())
 
 
 def test_pins_outlive_pressure():

@@ -22,7 +22,6 @@ from longspan.memory.cached_layout import (
     DeviceCopy,
     LayoutKey,
     PatternStats,
-    Queue,
     pattern_of,
 )
 from longspan.memory.offload import Offloader, load, offloader_for
@@ -87,7 +86,6 @@ class PatternCache:
         self._clock = itertools.count(1)
         self._entries: dict[Hashable, CachedLayout] = {}
         self._loaded: dict[Hashable, Any] = {}
-        self._queue, self._on_device = Queue(), Queue()
         self._host_bytes = self._device_bytes = 0
         self._misses = self._evictions = self._demotions = self._promotions = self._transfers = 0
         self._patterns: OrderedDict[str, list[int]] = OrderedDict()  # hits of entries that are gone, misses
@@ -116,9 +114,6 @@ class PatternCache:
                 self._remove(before)
             self._entries[key] = cached
             self._count(cached, 1)
-            self._queue.add(cached)
-            if cached.device_bytes:
-                self._on_device.add(cached)
             self._make_room()
 
     def prefetch(self, keys: Iterable[Hashable]) -> int:
@@ -308,7 +303,6 @@ class PatternCache:
                 self._count(cached, 1)
                 cached.used = next(self._clock)
                 cached.pins += 1
-                self._on_device.add(cached)
             self._make_room()
             for cached in kept:
                 cached.pins -= 1
@@ -316,20 +310,21 @@ class PatternCache:
 
     def _make_room(self) -> None:
         """First down to the host, then out."""
-        while self._device_bytes > self.device_limit and (cached := self._on_device.take(self._entries, idle=True)):
+        while self._device_bytes > self.device_limit and (cached := self._oldest(idle=True)):
             self._count(cached, -1)
             for buffer in cached.idle():
                 buffer.offload()
                 self._transfers += 1
             self._demotions += 1
             self._count(cached, 1)
-            if cached.device_bytes:  # plans use the rest
-                self._on_device.add(cached)
-        while self._is_full() and (cached := self._queue.take(self._entries, idle=False)):
+        while self._is_full() and (cached := self._oldest(idle=False)):
             self._remove(cached)
             self._evictions += 1
-        for queue in (self._queue, self._on_device):
-            queue.forget(self._entries)
+
+    def _oldest(self, *, idle: bool) -> CachedLayout | None:
+        """The least recently used of those that are not pinned, or that have something idle on a device besides."""
+        loose = (cached for cached in self._entries.values() if not cached.pins and (not idle or cached.idle()))
+        return min(loose, key=lambda cached: cached.used, default=None)
 
     def _is_full(self) -> bool:
         return self._host_bytes > self.limit or len(self._entries) > self.most
@@ -364,13 +359,9 @@ class PatternCache:
     def forked(self) -> None:
         """In a child: the lock may be another thread's, and what that thread was counting is not finished."""
         self._lock = threading.RLock()
-        self._queue, self._on_device = Queue(), Queue()
         self._host_bytes = self._device_bytes = 0
         for cached in self._entries.values():
             self._count(cached, 1)
-            self._queue.add(cached)
-            if cached.device_bytes:
-                self._on_device.add(cached)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.limit, self.device_limit, self.most)

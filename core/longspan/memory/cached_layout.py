@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from heapq import heapify, heappop, heappush
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from longspan.memory.flatten import Packing, nbytes_of, pack
 from longspan.memory.offload import Buffer, Offloader
 from longspan.spec.problem import Problem
 
-__all__ = ["CacheStats", "CachedLayout", "DeviceCopy", "LayoutKey", "PatternStats", "Queue", "pattern_of"]
+__all__ = ["CacheStats", "CachedLayout", "DeviceCopy", "LayoutKey", "PatternStats", "pattern_of"]
 
 
 class LayoutKey(NamedTuple):
@@ -166,51 +165,6 @@ class CachedLayout:
         yield from self._buffers.values()
         for copy in self.copies.values():
             yield from copy.buffers.values()
-
-
-class Queue:
-    """Cached layouts by how long ago they were used. A use is not told to it: it looks when one has to go."""
-
-    def __init__(self) -> None:
-        self._heap: list[tuple[int, int, CachedLayout]] = []
-        self._count = 0
-
-    def add(self, cached: CachedLayout) -> None:
-        """Count it in."""
-        self._count += 1
-        heappush(self._heap, (cached.used, self._count, cached))
-
-    def take(self, among: Mapping[Hashable, CachedLayout], *, idle: bool) -> CachedLayout | None:
-        """The least recently used one that is not pinned; None where there is none.
-
-        Args:
-            among: those that are still kept.
-            idle: only one with something on a device that nobody uses.
-        """
-        kept: list[CachedLayout] = []
-        taken: CachedLayout | None = None
-        while self._heap and taken is None:
-            used, _, cached = heappop(self._heap)
-            if among.get(cached.key) is not cached or (idle and not cached.device_bytes):
-                continue
-            if cached.used != used:
-                self.add(cached)
-            elif cached.pins or (idle and not cached.idle()):
-                kept.append(cached)
-            else:
-                taken = cached
-        for cached in kept:
-            self.add(cached)
-        return taken
-
-    def forget(self, among: Mapping[Hashable, CachedLayout]) -> None:
-        """Let go of what is gone, or was added twice, where that is much."""
-        if len(self._heap) > 2 * len(among) + 64:
-            self._heap = list({row[2]: row for row in self._heap if among.get(row[2].key) is row[2]}.values())
-            heapify(self._heap)
-
-    def __len__(self) -> int:
-        return len(self._heap)
 
 
 def pattern_of(key: Hashable) -> str:
