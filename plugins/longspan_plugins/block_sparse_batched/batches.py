@@ -39,7 +39,7 @@ class Batch:
 
     @property
     def pairs(self) -> int:
-        """Query-key pairs that are computed."""
+        """Query-key pairs that are computed, the padding's among them."""
         return self.lines * self.most * self.size**2
 
 
@@ -54,8 +54,8 @@ def batches_of(layout: BlockLayout, batch: int, dtype: torch.dtype) -> tuple[Bat
     if len(layout.blocks) != 1:
         return None
     heads = layout.blocks[0]
-    one, size = heads.layouts[0], heads.layouts[0].block_size
-    if one.q_len % size or one.kv_len % size or one.query_offset % size or not layout.pairs:
+    csr, size = heads.layouts[0], heads.layouts[0].block_size
+    if csr.q_len % size or csr.kv_len % size or csr.query_offset % size or not layout.pairs:
         return None
     with torch.inference_mode(False), torch.device("cpu"):
         table, first = _table(heads.layouts, dtype)
@@ -63,12 +63,12 @@ def batches_of(layout: BlockLayout, batch: int, dtype: torch.dtype) -> tuple[Bat
         made = []
         for rows in _classes(counts):
             padded = [
-                _padded(heads[head], first[heads.of_head[head]], head, rows[rows // one.rows == head] % one.rows, most)
+                _padded(heads[head], first[heads.of_head[head]], head, rows[rows // csr.rows == head] % csr.rows, most)
                 for most in (int(counts[rows].max()),)
                 for head in range(len(heads.of_head))
             ]
             blocks, states = (torch.cat(parts) for parts in zip(*padded, strict=True))
-            made.append(_batch(rows, counts, blocks, states, table, size, batch, one.columns * len(heads.of_head)))
+            made.append(_batch(rows, counts, blocks, states, table, size, batch, csr.columns * len(heads.of_head)))
     return tuple(made)
 
 
@@ -87,10 +87,10 @@ def _table(layouts: Sequence[BlockCSR], dtype: torch.dtype) -> tuple[Tensor, lis
     fixed = torch.zeros(2, size, size, dtype=dtype, device="cpu")
     fixed[ABSENT] = -torch.inf
     first = [2]
-    for one in layouts:
-        first.append(first[-1] + len(one.masks))
+    for csr in layouts:
+        first.append(first[-1] + len(csr.masks))
     hidden = [
-        torch.zeros(one.masks.shape, dtype=dtype, device="cpu").masked_fill_(~one.masks, -torch.inf) for one in layouts
+        torch.zeros(csr.masks.shape, dtype=dtype, device="cpu").masked_fill_(~csr.masks, -torch.inf) for csr in layouts
     ]
     return torch.cat([fixed, *hidden]), first
 

@@ -63,7 +63,7 @@ def _dilated(problem: Problem, pattern: Dilated, library: Library) -> Program | 
     """One softmax over all branches of a row: rows with the same branches and step are tiles of their own."""
     kinds: dict[tuple[Branch, ...], int] = {}
     of_head = torch.tensor(
-        [kinds.setdefault(one, len(kinds)) for one in _branches_of_heads(pattern, problem.heads)],
+        [kinds.setdefault(branches, len(kinds)) for branches in _branches_of_heads(pattern, problem.heads)],
         dtype=torch.int64,
         device="cpu",
     )
@@ -78,7 +78,7 @@ def _dilated(problem: Problem, pattern: Dilated, library: Library) -> Program | 
         return None
     documents = integers([[s.query_start, s.key_start, s.first, s.queries, s.keys] for s in spans(problem)])
     listings = [library.dilated(branches, documents, problem.is_causal) for branches in kinds]
-    tiles, segments = (Table.blank(sum(one[i] for one in listings), width) for i, width in ((0, 6), (1, 9)))
+    tiles, segments = (Table.blank(sum(counts[i] for counts in listings), width) for i, width in ((0, 6), (1, 9)))
     ranges, first, base = [], 0, 0
     for branches, (many, more, _, _) in zip(kinds, listings, strict=True):
         library.dilated(branches, documents, problem.is_causal, tiles.address + 48 * first, segments.address, base)

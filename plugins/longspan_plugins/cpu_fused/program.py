@@ -49,7 +49,7 @@ class Program:
         covered: bool,
         masks: Tensor | None = None,
     ) -> Program:
-        """From tensors."""
+        """From tensors of the same rows; the keys are counted."""
         return cls(
             Table.of(tiles),
             Table.of(segments),
@@ -62,9 +62,9 @@ class Program:
 
     @property
     def nbytes(self) -> int:
-        """Memory held."""
+        """Bytes of all tables."""
         held = (self.tiles, self.segments, self.ranges, self.of_head, self.masks)
-        return sum(one.nbytes for one in held if one is not None)
+        return sum(table.nbytes for table in held if table is not None)
 
 
 def check_program(program: Program, problem: Problem) -> None:
@@ -140,7 +140,7 @@ Part = tuple[Tensor, Tensor]
 
 
 def assemble(programs: Iterable[list[Part]], of_head: Tensor, covered: bool, masks: Tensor | None = None) -> Program:
-    """One program of many parts."""
+    """One program of many parts: their segments are numbered anew, as all lie in one table."""
     tiles, segments, ranges = [], [], []
     tile_count = segment_count = 0
     for parts in programs:
