@@ -13,12 +13,15 @@ import torch
 import longspan as ls
 from longspan import Capabilities, hookimpl
 from longspan.execution.blocks import BlockRunner
+from longspan.execution.chosen import ChosenRunner
 from longspan.execution.direct import DirectRunner
 from longspan.execution.strided import LoweredRunner
+from longspan.execution.topk import ChoosingRunner
 from longspan.lowering import cost, dense
 from longspan.lowering.blocks import BlockLayout
 from longspan.lowering.masked import MaskedLayout
 from longspan.lowering.route import route
+from longspan.patterns.topk.choice import choose
 
 PATTERNS = {
     "dense": ls.Dense(),
@@ -39,7 +42,16 @@ def problem(pattern, **given):
 
 def held(plan):
     """What a plan holds, by the class of what it runs and by its layout."""
-    runner = getattr(plan._runner, "example", plan._runner)
+    runner = plan._runner
+    if isinstance(runner, ChoosingRunner):  # what runs the blocks that it chooses
+        drawn = (torch.randn(shape, dtype=plan._dtype) for shape in (plan._query_shape, plan._key_shape))
+        parts = choose(2, None, runner._scorings, *drawn)
+        if not parts:
+            return "dense calls"
+        longest = max(parts, key=lambda part: part.scoring.kv_len)
+        runner = runner._made(longest, longest.chosen)
+    if isinstance(runner, ChosenRunner):
+        return "blocks"
     if isinstance(runner, DirectRunner):
         return "native"
     if isinstance(runner, BlockRunner):
@@ -55,7 +67,7 @@ def disagreements(names):
     for name in names:
         for label, pattern in PATTERNS.items():
             for dtype in ("float32", "float16", "bfloat16"):
-                for given in ({}, {"is_causal": True}, {"kv_heads": 1}, {"documents": (0, 20, 64)}, {"q_len": 0}):
+                for given in ({}, {"is_causal": True}, {"kv_heads": 1}, {"documents": (0, 24, 64)}, {"q_len": 0}):
                     asked = problem(pattern, dtype=dtype, **{"kv_len": given.get("q_len", 64), **given})
                     if not ls.explain(asked, backend=name)[name].ok:
                         continue

@@ -20,24 +20,33 @@ from longspan.numerics.tensors import unit_stride
 from longspan.spec.backend import Kernel
 from longspan.spec.problem import Problem
 
-__all__ = ["DirectRunner"]
+__all__ = ["DirectRunner", "by_the_core"]
 
 
 class DirectRunner(Runner):
-    """Runs one kernel that takes the problem as it is."""
+    """Runs one kernel that takes the problem as it is.
+
+    Args:
+        layout: the backend's own.
+        kernel: see above.
+        backend: whose.
+        scale: factor on the scores.
+        by_the_core: makes a runner with the core's backward, for kernels without one and for a gradient of the lse.
+        in_graph: as of `Runner`.
+    """
 
     def __init__(
         self,
-        problem: Problem,
         layout: Any,
         kernel: Kernel,
         backend: str,
-        memory: Workspace,
-        in_graph: Callable[..., Gradients] | None,
+        scale: float,
+        by_the_core: Callable[[], Runner],
+        in_graph: Callable[..., Gradients] | None = None,
     ) -> None:
         super().__init__(layout, (kernel,), in_graph)
-        self._problem, self._memory = problem, memory
-        self._kernel = CheckedKernel(kernel, backend, scale=problem.scale)
+        self._kernel = CheckedKernel(kernel, backend, scale=scale)
+        self._by_the_core = by_the_core
         self._lowered: Runner | None = None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:
@@ -50,24 +59,27 @@ class DirectRunner(Runner):
         """`(dquery, dkey, dvalue)`."""
         if self._kernel.differentiates(dlse):
             return self._kernel.backward(unit_stride(dout), *map(unit_stride, saved[:4]), saved.lse)
-        if self._lowered is None:  # the core's backward: for kernels without one, and for a gradient of the lse
-            self._lowered = _by_the_core(self._problem, self._memory)
+        if self._lowered is None:
+            self._lowered = self._by_the_core()
         return self._lowered.backward(saved, dout, dlse, draw)
 
 
-def _by_the_core(problem: Problem, memory: Workspace) -> Runner:
+def by_the_core(problem: Problem, memory: Workspace) -> Runner:
     """A runner with the core's own backward."""
-
-    def blockwise(is_causal: bool) -> CheckedKernel:
-        return CheckedKernel(Kernel(_unasked), "the core", scale=problem.scale, is_causal=is_causal)
-
     layout = lower(problem)
     if isinstance(layout, BlockLayout):
         jobs = schedule(problem, layout)
-        parts = {lengths: blockwise(False) for lengths in dense_parts(problem, jobs)}
-        return BlockRunner(layout, jobs, parts, problem.scale, memory, name="blocks of the core's backward")
-    return LoweredRunner(layout, [blockwise(call.is_causal) for call in layout.calls], memory)
+        parts = {lengths: _backward_alone(problem.scale) for lengths in dense_parts(problem, jobs)}
+        return BlockRunner(layout, jobs, parts, problem, memory, name="blocks of the core's backward")
+    return LoweredRunner(
+        problem, layout, [_backward_alone(problem.scale, call.is_causal) for call in layout.calls], memory
+    )
 
 
-def _unasked(*_: Tensor) -> tuple[Tensor, Tensor]:
-    raise AssertionError("only the backward is asked for")
+def _backward_alone(scale: float, is_causal: bool = False) -> CheckedKernel:
+    """The core's backward of a dense problem."""
+
+    def unasked(*_: Tensor) -> tuple[Tensor, Tensor]:
+        raise AssertionError("only the backward is asked for")
+
+    return CheckedKernel(Kernel(unasked), "the core", scale=scale, is_causal=is_causal)

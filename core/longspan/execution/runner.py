@@ -41,7 +41,7 @@ class Runner:
     """What a plan runs.
 
     `layout` is how, `bare` the kernel that takes the problem whole, once its first result was checked; it may be called
-    in place of `attend` without dropout and without gradients, for tensors whose last dimension has no gaps.
+    in place of `forward` without dropout, for tensors whose last dimension has no gaps.
     `operators` and `libraries` are what the kernels claim; `own_backward`: all bring a backward of their own.
 
     Args:
@@ -55,7 +55,7 @@ class Runner:
     def __init__(
         self, layout: Any, kernels: Sequence[Kernel] = (), in_graph: Callable[..., Gradients] | None = None
     ) -> None:
-        self.layout = layout
+        self.layout, self.kernels = layout, tuple(kernels)
         self.in_graph = no_graph if in_graph is None else in_graph
         self.operators = tuple(dict.fromkeys(name for kernel in kernels for name in kernel.operators))
         self.libraries = tuple(dict.fromkeys(kernel.library for kernel in kernels if kernel.library))
@@ -70,7 +70,7 @@ class Runner:
         return self.forward(query, key, value, draw)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:
-        """`(out, lse)`, without gradient."""
+        """`(out, lse)`, where query, key and value need no gradient."""
         raise NotImplementedError
 
     def backward(self, saved: Saved, dout: Tensor, dlse: Tensor | None, draw: Draw | None) -> Gradients:

@@ -24,6 +24,7 @@ from longspan.numerics.dropout import Draw, Dropout
 from longspan.numerics.merge import merge_
 from longspan.numerics.tensors import unit_stride, wide_dtype
 from longspan.spec.backend import Kernel
+from longspan.spec.problem import Problem
 
 __all__ = ["TEMPORARY", "Launch", "LoweredRunner", "launches"]
 
@@ -177,6 +178,7 @@ class LoweredRunner(Runner):
     """Runs a layout call by call.
 
     Args:
+        problem: what they compute.
         layout: the calls.
         kernels: one for each call.
         memory: where temporaries come from. Results never do.
@@ -186,6 +188,7 @@ class LoweredRunner(Runner):
 
     def __init__(
         self,
+        problem: Problem,
         layout: Layout,
         kernels: Sequence[CheckedKernel],
         memory: Workspace,
@@ -194,6 +197,7 @@ class LoweredRunner(Runner):
     ) -> None:
         super().__init__(layout, made, in_graph)
         self._calls = tuple(zip(layout.calls, kernels, strict=True))
+        self._wide = wide_dtype(getattr(torch, problem.dtype))
         self._merges, self._covered = layout.merges, layout.covered
         self._memory = memory
         self._kept: dict[tuple[object, ...], list[tuple[Call, CheckedKernel, Launch]]] = {}
@@ -203,8 +207,9 @@ class LoweredRunner(Runner):
 
         Results that several calls share are merged in float32 or wider, whatever the dtype of the inputs.
         """
-        query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
-        wide = wide_dtype(query.dtype)
+        if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
+            query, key, value = map(unit_stride, (query, key, value))
+        wide = self._wide
         out_dtype = wide if self._merges else query.dtype
         with Scratch(self._memory, query, query.numel() * wide.itemsize) as scratch:
             if out_dtype is query.dtype:
@@ -246,7 +251,7 @@ class LoweredRunner(Runner):
         query, key, value, out = map(unit_stride, saved[:4])
         dout, lse = unit_stride(dout), saved.lse
         sums = len(self._calls) > 1 or query.shape[1] != key.shape[1]
-        dtype = wide_dtype(query.dtype) if sums else query.dtype
+        dtype = self._wide if sums else query.dtype
         with Scratch(self._memory, query, query.numel() * dtype.itemsize) as scratch:
 
             def total(name: str, like: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""What a plan runs for `TopKBlocks`: a choice, then the block-sparse problem that it poses, made anew at every call."""
+"""What a plan runs for `TopKBlocks`: a choice at every call, then attention over the chosen blocks.
+
+Backends are asked for kernels when the plan is made; a call chooses and runs.
+"""
 
 from __future__ import annotations
 
@@ -15,47 +18,46 @@ from longspan.execution.runner import Runner, Saved, no_graph
 from longspan.numerics.dropout import Draw
 from longspan.numerics.merge import merge_
 from longspan.numerics.tensors import wide_dtype
-from longspan.patterns.blocks.sparse import ChosenBlocks
-from longspan.patterns.topk.choice import Part, layouts_of
-from longspan.patterns.topk.pattern import TopKBlocks, chosen_for, scorings
+from longspan.patterns.topk.choice import Part, choose
+from longspan.patterns.topk.pattern import TopKBlocks, scorings
 from longspan.patterns.topk.scoring import BlockScoring
+from longspan.spec.backend import Kernel
 from longspan.spec.problem import Problem
 
-__all__ = ["ChoosingRunner", "NothingKept", "Scored", "biases"]
+__all__ = ["ChoosingRunner", "Scored", "Way", "biases"]
 
 Tensors = tuple[Tensor, Tensor, Tensor]
 
 
-class NothingKept:
-    """A store of layouts that keeps none: those of a content's choice do not come again."""
-
-    def get(self, key: Any) -> None:
-        """Nothing."""
-
-    def put(self, key: Any, layout: Any) -> None:
-        """Nothing."""
+Way = Callable[[Part, Tensor], Runner]
+"""How the blocks of one document are run: makes what runs these, `(batch, heads, query blocks, key blocks)` bool."""
 
 
 class ChoosingRunner(Runner):
-    """Chooses blocks for given tensors and runs them as a block-sparse problem, in which batch entries are heads.
+    """Chooses blocks for given tensors and attends to them, with batch entries as heads.
 
-    `make` makes the runner of such a problem. `example` is one for a choice that costs as much, made with the plan, so
-    that a backend that cannot run any says so then.
+    Args:
+        problem: with `TopKBlocks`.
+        way: says how the blocks of a document are run, given the problem of that document alone.
+        kernels: those that `way` has made.
     """
 
-    def __init__(self, problem: Problem, example: Runner, make: Callable[[Problem], Runner]) -> None:
+    def __init__(self, problem: Problem, way: Callable[[Problem], Way], kernels: list[Kernel]) -> None:
         assert isinstance(problem.pattern, TopKBlocks)
-        most = max((scoring.columns for _, scoring in scorings(problem)), default=0)
-        super().__init__(f"{min(problem.pattern.k, most)} of {most} key blocks a row, chosen at every call")
-        self._problem, self._pattern, self._make = problem, problem.pattern, make
-        self.example = example
-        self.operators, self.libraries = example.operators, example.libraries
-        self.own_backward = example.own_backward
+        self._problem, self._pattern, self._way = problem, problem.pattern, way
+        self._scorings = scorings(problem)
+        self._ways: dict[BlockScoring, Way] = {}
+        most = 0
+        if self._scorings:  # a backend that cannot run any says so now
+            longest = max((scoring for _, scoring in self._scorings), key=lambda scoring: scoring.kv_len)
+            self._way_of(longest)
+            most = longest.columns
+        super().__init__(f"{min(self._pattern.k, most)} of {most} key blocks a row, chosen at every call", kernels)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:
         """`(out, lse)`, recorded by autograd where that is on."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._pattern.scorer_gradient != "none"):
-            parts = chosen_for(self._problem, query, key)
+            parts = choose(self._pattern.k, self._pattern.scorer, self._scorings, query, key)
         if self._problem.documents is None and parts:
             return self._unfolded(self._attend(parts[0], self._folded(query, key, value), draw))
         outs: list[Tensor] = []
@@ -79,9 +81,8 @@ class ChoosingRunner(Runner):
         return torch.cat(outs, 2), torch.cat(lses, 2)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:
-        """`(out, lse)` without gradient."""
-        with torch.no_grad():
-            return self.attend(query, key, value, draw)
+        """`(out, lse)`: a scorer may have a gradient where they have none."""
+        return self.attend(query, key, value, draw)
 
     def backward(self, saved: Saved, dout: Tensor, dlse: Tensor | None, draw: Draw | None) -> Tensors:
         """`(dquery, dkey, dvalue)` for the choice that these tensors lead to again; a scorer gets no gradient."""
@@ -89,13 +90,13 @@ class ChoosingRunner(Runner):
         tensors = (query, key, value)
         grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in tensors]
         with torch.no_grad():
-            for part in chosen_for(self._problem, query, key):
+            for part in choose(self._pattern.k, self._pattern.scorer, self._scorings, query, key):
                 queries = slice(part.start, part.start + part.scoring.q_len)
                 keys = slice(part.start, part.start + part.scoring.kv_len)
                 folded = self._folded(query[:, :, queries], key[:, :, keys], value[:, :, keys])
                 do, o, row_lse = (_fold(x[:, :, queries]) for x in (dout, out, lse))
                 row_dlse = None if dlse is None else _fold(dlse[:, :, queries])
-                runner = self._make(self._posed(part, part.layouts))
+                runner = self._made(part, part.chosen)
                 found = runner.backward(Saved(*folded, o, row_lse), do, row_dlse, draw)
                 for total, rows, one in zip(grads, (queries, keys, keys), found, strict=True):
                     total[:, :, rows] = one.view(total[:, :, rows].shape)
@@ -107,11 +108,11 @@ class ChoosingRunner(Runner):
         if mode == "soft" or (mode == "straight_through" and records and part.scores.requires_grad):
             columns, there = part.rounds()
             bias = biases(part.scores, columns, there, part.scoring)
-            joint = self._make(self._posed(part, part.layouts)) if mode == "straight_through" else None
+            joint = self._made(part, part.chosen) if mode == "straight_through" else None
             scored: Any = Scored.apply
             out, lse = scored(*tensors, bias, joint, lambda: self._rounds(part, columns, there), draw)
             return out, lse
-        runner = self._make(self._posed(part, part.layouts))
+        runner = self._made(part, part.chosen)
         return runner.attend(*tensors, draw)
 
     def _rounds(self, part: Part, columns: Tensor, there: Tensor) -> Sequence[Runner]:
@@ -120,22 +121,20 @@ class ChoosingRunner(Runner):
         for number in range(columns.shape[-1]):
             at = slice(number, number + 1)
             one = torch.zeros_like(part.chosen).scatter_(-1, columns[..., at], there[..., at])
-            made.append(self._make(self._posed(part, layouts_of(one, part.scoring))))
+            made.append(self._made(part, one))
         return made
 
-    def _posed(self, part: Part, layouts: Sequence[Any]) -> Problem:
-        """The block-sparse problem of these layouts, one for each head of each batch entry."""
-        problem, scoring = self._problem, part.scoring
-        return problem.replace(
-            pattern=ChosenBlocks(scoring.block_size, layouts),
-            batch=1,
-            heads=problem.batch * problem.heads,
-            kv_heads=problem.batch * problem.kv_heads,
-            q_len=scoring.q_len,
-            kv_len=scoring.kv_len,
-            is_causal=False,  # the layouts are
-            documents=None,
-        )
+    def _made(self, part: Part, chosen: Tensor) -> Runner:
+        """What runs chosen blocks of a document."""
+        return self._way_of(part.scoring)(part, chosen)
+
+    def _way_of(self, scoring: BlockScoring) -> Way:
+        """Documents alike share what is made for them."""
+        if scoring not in self._ways:
+            lengths: dict[str, Any] = {"q_len": scoring.q_len, "kv_len": scoring.kv_len, "documents": None}
+            document = self._problem.replace(query_offset=scoring.query_offset, **lengths)
+            self._ways[scoring] = self._way(document)
+        return self._ways[scoring]
 
     def _folded(self, *tensors: Tensor) -> Tensors:
         query, key, value = (_fold(x) for x in tensors)

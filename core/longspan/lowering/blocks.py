@@ -22,19 +22,17 @@ class BlockLayout:
     Args:
         spans: the documents: where they lie, and which positions of them are there.
         blocks: for each document its distinct layouts, and which of them each head has.
-        is_chosen: from content, so that no row's blocks may decide how another row's are read.
     """
 
     spans: tuple[Span, ...]
     blocks: tuple[HeadBlocks, ...]
-    is_chosen: bool = False
 
     @cached_property
     def groups(self) -> dict[tuple[int, int], tuple[Group, ...]]:
         """For each document and each of its distinct layouts the groups of block rows that run as one batch."""
         with torch.inference_mode(False), torch.device("cpu"):  # kept, whatever mode and device reign now
             return {
-                (number, which): group_rows(span, csr, is_chosen=self.is_chosen)
+                (number, which): group_rows(span, csr)
                 for number, (span, found) in enumerate(zip(self.spans, self.blocks, strict=True))
                 for which, csr in enumerate(found.layouts)
             }

@@ -19,7 +19,7 @@ from longspan.errors import ArgumentError
 from longspan.lowering.blocks import BlockLayout
 from longspan.lowering.layout import Call, Heads, Layout
 from longspan.lowering.segments import Segment, Span, dilated_segments, window_segments
-from longspan.patterns.blocks.sparse import BlockSparse, ChosenBlocks
+from longspan.patterns.blocks.sparse import BlockSparse
 from longspan.patterns.dilated import Dilated
 from longspan.patterns.window import SlidingWindow
 from longspan.spec.pattern import Dense
@@ -192,7 +192,7 @@ def lay_blocks(problem: Problem) -> BlockLayout:
             for span in spans
         }
     blocks = tuple(found[span.queries, span.keys, span.first] for span in spans)
-    return BlockLayout(spans, blocks, isinstance(pattern, ChosenBlocks))
+    return BlockLayout(spans, blocks)
 
 
 def as_dense(problem: Problem, layout: BlockLayout, *, may_be_causal: bool = True) -> Problem | None:

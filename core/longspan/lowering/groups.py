@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from attrs import frozen
@@ -15,7 +16,7 @@ from longspan.patterns.blocks.masks import FULL
 __all__ = ["Columns", "Group", "group_rows"]
 
 
-@frozen(eq=False, repr=False)
+@frozen(slots=False, eq=False, repr=False)
 class Columns:
     """The keys that the rows of a group read in one call: whole blocks, and the ragged last one where there is one.
 
@@ -31,7 +32,7 @@ class Columns:
     run: tuple[int, int] | None
     mask_ids: Tensor | None
 
-    @property
+    @cached_property
     def keys(self) -> int:
         """How many keys a row reads."""
         return self.blocks.shape[1] * self.size + self.tail
@@ -83,17 +84,16 @@ class Group:
         return own + sum(one.nbytes for one in self.columns)
 
 
-def group_rows(span: Span, csr: BlockCSR, *, is_chosen: bool = False) -> tuple[Group, ...]:
+def group_rows(span: Span, csr: BlockCSR) -> tuple[Group, ...]:
     """The groups of a layout. Rows without a block are in none.
 
     Args:
         span: the document.
         csr: its blocks.
-        is_chosen: full blocks are gathered even where those of all rows happen to be in line.
     """
     if not csr.nnz:
         return ()
-    index = _Index(span, csr, is_chosen)
+    index = _Index(span, csr)
     _, group_of = torch.unique(index.kinds(), dim=0, return_inverse=True)
     order = torch.argsort(group_of, stable=True)
     groups = [index.group(rows) for rows in torch.split(order, torch.bincount(group_of).tolist())]
@@ -103,8 +103,7 @@ def group_rows(span: Span, csr: BlockCSR, *, is_chosen: bool = False) -> tuple[G
 class _Index:
     """A layout's blocks by kind, row by row."""
 
-    def __init__(self, span: Span, csr: BlockCSR, is_chosen: bool) -> None:
-        self.is_chosen = is_chosen
+    def __init__(self, span: Span, csr: BlockCSR) -> None:
         self.span, self.size, self.rows = span, csr.block_size, csr.rows
         self.low, self.high = csr.grid.row_spans()
         self.tail = span.keys % csr.block_size
@@ -151,7 +150,7 @@ class _Index:
         if tail:
             mask_ids = torch.cat([mask_ids, kind.tails[rows][:, None]], dim=1)
         if kind.is_full:
-            return Columns(blocks, tail, self.size, None if self.is_chosen else self._run(blocks, tail), None)
+            return Columns(blocks, tail, self.size, self._run(blocks, tail), None)
         if bool((mask_ids == mask_ids[:1]).all()):
             mask_ids = mask_ids[:1]
         return Columns(blocks, tail, self.size, self._run(blocks, tail), mask_ids - 1)

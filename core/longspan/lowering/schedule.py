@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import product
 
 import torch
@@ -34,7 +35,7 @@ class Chunk:
     rows: slice
 
 
-@frozen(eq=False)
+@frozen(slots=False, eq=False)
 class Job:
     """A group for some heads. `heads.count` is a multiple of `kv_heads.count`, in order of the key heads shared.
 
@@ -51,12 +52,12 @@ class Job:
     forward: tuple[Chunk, ...]
     backward: tuple[Chunk, ...]
 
-    @property
+    @cached_property
     def shared(self) -> int:
         """How many query heads share a key head."""
         return self.heads.count // self.kv_heads.count
 
-    @property
+    @cached_property
     def queries(self) -> int:
         """Rows of the dense problems that are posed."""
         return self.group.height * (self.shared if self.folded else 1)

@@ -14,7 +14,6 @@ from torch import Tensor
 from longspan.errors import PluginError
 from longspan.memory.cached_layout import DeviceCopy
 from longspan.memory.flatten import to_device
-from longspan.numerics.tensors import unit_stride
 from longspan.spec.backend import BufferSpec
 
 __all__ = [
@@ -160,6 +159,10 @@ class Workspace:
             copy.wait()
         return copy.value
 
+    def anew(self) -> Workspace:
+        """Another one with the same buffers, which keeps no copies on devices yet and shares none."""
+        return Workspace(self._specs.values(), self._allocator)
+
     def wants(self, size: int) -> bool:
         """Whether so many bytes are worth asking the allocator for."""
         return size >= self._allocator.threshold
@@ -193,6 +196,9 @@ class Pair:
         return f"Pair({tuple(self.front.shape)}, {self.front.dtype})"
 
 
+PAGE = 2**12
+"""Bytes below which nobody is asked."""
+
 _TORCH = Workspace((), TorchAllocator())
 
 
@@ -209,7 +215,7 @@ class Scratch:
     def __init__(self, workspace: Workspace | None, like: Tensor, size: int) -> None:
         self._workspace = _TORCH if workspace is None or type(like) is not Tensor else workspace
         self._device = like.device
-        self.is_kept = self._workspace is not _TORCH and self._workspace.wants(size)
+        self.is_kept = size >= PAGE and self._workspace is not _TORCH and self._workspace.wants(size)
         self._leases: ExitStack | None = None
         self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
 
@@ -232,7 +238,8 @@ class Scratch:
     def flip(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor with its rows (dimension 2) in reverse order."""
         if not self.is_kept:
-            return unit_stride(tensor.flip(2))  # torch orders the strides of overlapping rows anew
+            turned = tensor.flip(2)  # torch orders the strides of overlapping rows anew
+            return turned if turned.stride(-1) == 1 else turned.contiguous()
         backwards = torch.arange(tensor.shape[2] - 1, -1, -1, device=tensor.device, dtype=torch.int64)
         return torch.index_select(tensor, 2, backwards, out=self.again(name, tuple(tensor.shape), tensor.dtype))
 

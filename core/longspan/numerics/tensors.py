@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -13,9 +16,8 @@ def counting(*ends: int) -> Tensor:
     return torch.arange(*ends, dtype=torch.int64, device="cpu")
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the log-sum-exp, and of what is summed, for inputs of `dtype`: float32, or float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+wide_dtype: Callable[[torch.dtype], torch.dtype] = partial(torch.promote_types, torch.float32)
+"""The dtype of the log-sum-exp, and of what is summed, for inputs of a dtype: float32, or float64 for float64."""
 
 
 def unit_stride(tensor: Tensor) -> Tensor:

@@ -27,18 +27,7 @@ from longspan.spec.problem import Problem
 __all__ = ["KEPT", "attention", "forget", "plan_for"]
 
 _DENSE = Dense()
-_ARGUMENTS = (
-    "pattern",
-    "is_causal",
-    "scale",
-    "dropout_p",
-    "enable_gqa",
-    "cu_seqlens",
-    "query_offset",
-    "dropout_seed",
-    "backend",
-    "return_lse",
-)
+_ARGUMENTS = (*Arguments._fields, "dropout_seed", "backend", "return_lse")
 """The arguments beside the tensors."""
 
 KEPT = 128

@@ -16,26 +16,32 @@ from torch import Tensor
 
 from longspan.errors import PluginError, brief
 from longspan.execution.blocks import BlockRunner
-from longspan.execution.direct import DirectRunner
+from longspan.execution.chosen import ChosenBlocks
+from longspan.execution.direct import DirectRunner, by_the_core
 from longspan.execution.kernel import CheckedKernel, in_hook
 from longspan.execution.masked import MaskedKernel
 from longspan.execution.runner import Gradients, Runner
 from longspan.execution.strided import LoweredRunner
-from longspan.execution.topk import ChoosingRunner, NothingKept
+from longspan.execution.topk import ChoosingRunner, Way
 from longspan.lowering.blocks import BlockLayout
 from longspan.lowering.dense import lower
 from longspan.lowering.layout import Layout
 from longspan.lowering.masked import MaskedLayout
 from longspan.lowering.route import Blocks, Lowering, Native, Route, lowered
+from longspan.lowering.segments import Span
 from longspan.memory.arena import BufferArena, buffer_arena
 from longspan.memory.cache import LayoutStore, PatternCache, pattern_cache
 from longspan.memory.cached_layout import LayoutKey
 from longspan.memory.workspace import FallbackAllocator, KeepsCopies, LeasingAllocator, TorchAllocator, Workspace
-from longspan.patterns.topk.pattern import TopKBlocks
+from longspan.patterns.blocks.csr import HeadBlocks
+from longspan.patterns.blocks.sparse import BlockSparse
+from longspan.patterns.topk.choice import Part, layouts_of
+from longspan.patterns.topk.pattern import TopKBlocks, scorings
 from longspan.registry.discovery import DEFAULTS, registry
 from longspan.registry.profile import current_profile
 from longspan.spec.backend import BufferSpec, Kernel
 from longspan.spec.device import Device
+from longspan.spec.pattern import Dense
 from longspan.spec.problem import Problem
 
 __all__ = ["build"]
@@ -58,14 +64,72 @@ def build(
     Raises:
         PluginError: the backend returned what the hook contract does not allow.
     """
-    if isinstance(lowering.asked.pattern, TopKBlocks):
+    if not isinstance(lowering.asked.pattern, TopKBlocks):
+        return _build(lowering, backend, store, in_graph)
+    made: list[Kernel] = []
 
-        def make(problem: Problem) -> Runner:
-            return _build(Lowering(problem, may_mask=False), backend, NothingKept(), None)[0]
+    def way(document: Problem) -> Way:
+        return _way(document, backend, made)
 
-        example, route = _build(lowering, backend, NothingKept(), None)
-        return ChoosingRunner(lowering.asked, example, make), route
-    return _build(lowering, backend, store, in_graph)
+    return ChoosingRunner(lowering.asked, way, made), lowering.route(registry.capabilities(backend))
+
+
+class _NothingKept:
+    """A store of layouts that keeps none: those of a content's choice do not come again."""
+
+    def get(self, key: Any) -> None:
+        """Nothing."""
+
+    def put(self, key: Any, layout: Any) -> None:
+        """Nothing."""
+
+
+def _way(problem: Problem, backend: str, made: list[Kernel]) -> Way:
+    """How chosen blocks of one document are run: all of them as dense attention, else natively, else as dense problems.
+
+    Kernels are added to `made`.
+    """
+    can, lowering = registry.capabilities(backend), Lowering(problem)
+    route = lowering.route(can)
+    whole: Runner | None = None
+    if isinstance(route, Native) or isinstance(route.problem.pattern, Dense):
+        whole, route = _build(lowering, backend, _NothingKept(), None)
+        made += whole.kernels
+    folded, allocator = lowering.problem, _allocator_for(problem, backend)
+
+    def kernel(dense: Problem) -> CheckedKernel:
+        made.append(_kernel(dense, lower(dense), backend, allocator))
+        return CheckedKernel(made[-1], backend, gqa=can.gqa, scale=dense.scale)
+
+    as_blocks = ChosenBlocks(folded, kernel, Workspace((), allocator))
+
+    def as_dense(part: Part, chosen: Tensor) -> Runner:
+        return whole if whole is not None and chosen is part.chosen else as_blocks(part, chosen)
+
+    def natively(part: Part, chosen: Tensor) -> Runner:
+        csrs = layouts_of(chosen, part.scoring)
+        span = Span(0, 0, part.scoring.query_offset, part.scoring.q_len, part.scoring.kv_len)
+        layout = BlockLayout((span,), (HeadBlocks(csrs, tuple(range(len(csrs)))),))
+        native = for_blocks(layout) if for_blocks is not None else None
+        if native is None:
+            return as_blocks(part, chosen)
+        return DirectRunner(layout, native, backend, folded.scale, partial(as_blocks, part, chosen))
+
+    def made_anew(part: Part, chosen: Tensor) -> Runner:
+        """By the hooks, for a backend whose kernel is bound to the blocks that it was made for."""
+        pattern = BlockSparse(part.scoring.block_size, layouts_of(chosen, part.scoring))
+        return _build(Lowering(folded.replace(pattern=pattern), may_mask=False), backend, _NothingKept(), None)[0]
+
+    if isinstance(route.problem.pattern, Dense):
+        return as_dense
+    if isinstance(route, Native):
+        assert whole is not None  # made above
+        for_blocks = whole.kernels[0].for_blocks
+        return made_anew if for_blocks is None else natively
+    assert isinstance(problem.pattern, TopKBlocks)
+    ((_, scoring),) = scorings(problem)
+    as_blocks.prepare(scoring, problem.pattern.k)
+    return as_blocks
 
 
 def _build(
@@ -79,7 +143,8 @@ def _build(
     memory = Workspace((), allocator, copies)
     if isinstance(route, Native):
         if whole := _offered(problem, layout, backend, allocator, copies):
-            return DirectRunner(problem, layout, whole, backend, memory, in_graph), route
+            core = partial(by_the_core, problem, memory)
+            return DirectRunner(layout, whole, backend, problem.scale, core, in_graph), route
         route = lowering.lowered(can)
     if not isinstance(layout, Layout | BlockLayout) and not can.runs(problem.pattern.kind):
         raise PluginError(
@@ -102,7 +167,7 @@ def _build(
             for lengths, dense in route.shapes.items()
         }
         every = tuple(made.values())
-        return BlockRunner(route.layout, route.jobs, kernels, problem.scale, memory, every, in_graph), route
+        return BlockRunner(route.layout, route.jobs, kernels, problem, memory, every, in_graph), route
     steps: list[CheckedKernel] = []
     slabs = route.layout.slabs if isinstance(route.layout, MaskedLayout) else ()
     for number, dense in enumerate(route.calls):
@@ -111,7 +176,7 @@ def _build(
             steps.append(MaskedKernel(kernel(dense), backend, slab=slabs[number], memory=memory, **known))
         else:
             steps.append(CheckedKernel(kernel(dense), backend, is_causal=dense.is_causal, **known))
-    return LoweredRunner(route.layout, steps, memory, tuple(made.values()), in_graph), route
+    return LoweredRunner(problem, route.layout, steps, memory, tuple(made.values()), in_graph), route
 
 
 def _layout_of(lowering: Lowering, backend: str, own: LayoutStore | None) -> tuple[Any, KeepsCopies | None]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,40 +27,22 @@ from longspan.patterns.text import decode
 from longspan.registry.policy import in_force
 from longspan.spec.inputs import Arguments, check_arguments, check_strided
 
+if TYPE_CHECKING:
+    from longspan.planning.plan import Plan
+
 __all__ = ["attend_in_graph", "differentiate_in_graph", "find_plans_by", "serve_dtensors"]
 
 
-class Found(Protocol):
-    """What an operator needs of a plan."""
-
-    def run(self, query: Tensor, key: Tensor, value: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
-        """`(out, lse)`."""
-
-    def backward(
-        self,
-        dout: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        dlse: Tensor | None = None,
-        seed: int = 0,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`(dquery, dkey, dvalue)`."""
+_find: Callable[..., Plan] | None = None
 
 
-_find: Callable[..., Found] | None = None
-
-
-def find_plans_by(find: Callable[..., Found]) -> None:
+def find_plans_by(find: Callable[..., Plan]) -> None:
     """Say how a plan is found: the planner stands above this module, and plans enter graphs too."""
     global _find
     _find = find
 
 
-def _plan(query: Tensor, key: Tensor, value: Tensor, arguments: Arguments, policy: str) -> Found:
+def _plan(query: Tensor, key: Tensor, value: Tensor, arguments: Arguments, policy: str) -> Plan:
     assert _find is not None, "longspan.planning.attention sets it on import"
     with in_force(policy):
         return _find(query, key, value, arguments, None)

@@ -134,14 +134,15 @@ class Plan:
 
     def _run(self, query: Tensor, key: Tensor, value: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:
         runner = self._runner
+        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+            return runner.attend(query, key, value, draw)
         if (
             runner.bare is None
-            or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
             or not (query.is_contiguous() or query.stride(3) == 1)  # the first is cheaper to ask
             or not (key.is_contiguous() or key.stride(3) == 1)
             or not (value.is_contiguous() or value.stride(3) == 1)
         ):
-            return runner.attend(query, key, value, draw)
+            return runner.forward(query, key, value, draw)
         try:
             return runner.bare(query, key, value)
         except Exception as error:

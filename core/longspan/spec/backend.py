@@ -223,12 +223,17 @@ class Kernel:
     `Capabilities.dropout` says so) both take `dropout=`, a `longspan.Dropout`. Where `is_causal`, a NaN or inf in a
     value must not reach rows that may not see it: `longspan.blockwise.taint` helps. `operators` names what the
     profiler will see of a forward, such as `aten::bmm`, for `Plan.verify`; `library` says who serves it.
+
+    `for_blocks(layout)`, of a kernel that takes a block-sparse problem natively, returns the kernel of the same problem
+    with other blocks, a `BlockLayout`, or None where the core is to lower them: `TopKBlocks`, whose blocks are chosen
+    at every call, asks it and no hook.
     """
 
     forward: Forward
     backward: Backward | None = None
     operators: tuple[str, ...] = ()
     library: str = ""
+    for_blocks: Callable[[Any], Kernel | None] | None = None
 
 
 @frozen

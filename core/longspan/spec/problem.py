@@ -37,10 +37,6 @@ def _hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-_LIKE = ("pattern", "is_causal", "scale", "dropout_p", "enable_gqa", "cu_seqlens", "query_offset")
-"""The arguments of `Problem.like` beside its tensors."""
-
-
 @frozen(kw_only=True, cache_hash=True)
 class Problem:
     """Everything that decides which backend fits: shapes, dtype, device, pattern and arguments. Frozen and hashable.
@@ -106,7 +102,7 @@ class Problem:
                 longspan calls it.
         """
         if foreign:
-            raise unknown_argument("Problem.like()", foreign, _LIKE)
+            raise unknown_argument("Problem.like()", foreign, Arguments._fields)
         pattern = Dense() if pattern is None else pattern
         bounds: Any = cu_seqlens
         check_arguments(Arguments(pattern, is_causal, scale, dropout_p, enable_gqa, bounds, query_offset))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 from attrs import asdict, field, frozen
 
 from longspan.spec.backend import BackendInfo, Capabilities, Reason
 from longspan.spec.problem import Problem
 
-__all__ = ["Candidate", "Resolution", "Verdict", "Way", "native_refusals"]
+__all__ = ["Candidate", "Resolution", "Verdict", "native_refusals"]
 
 
 def _no_reasons(problem: Problem) -> Iterable[Reason]:
@@ -29,18 +29,6 @@ class Candidate:
     def name(self) -> str:
         """The backend's name, under which it is registered."""
         return self.info.name
-
-
-class Way(Protocol):
-    """How a backend runs a problem: `longspan.lowering.route` has them all."""
-
-    @property
-    def kind(self) -> str:
-        """One of native, dense calls, blocks and mask."""
-
-    @property
-    def problem(self) -> Problem:
-        """What is run: dense attention for a block-sparse pattern that keeps everything, say."""
 
 
 @frozen
@@ -69,7 +57,7 @@ class Resolution:
     candidates: tuple[Verdict, ...]
     notes: tuple[str, ...] = ()
     asked: str | None = None
-    route: Way | None = field(default=None, eq=False, repr=False)
+    route: Any = field(default=None, eq=False, repr=False)
 
     @property
     def why(self) -> str:

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from attrs import evolve
 from torch import Tensor
 
 from longspan.plugin import BlockLayout, Capabilities, Kernel, Problem, Reason, Workspace, hookimpl, nonfinite
@@ -51,7 +52,11 @@ def longspan_kernel(problem: Problem, layout: Any, buffers: Workspace) -> Kernel
     if isinstance(layout, BlockLayout):
         from longspan_plugins.block_sparse_batched.blocks import block_kernel
 
-        return block_kernel(problem, layout, buffers, SCORES)
+        def for_blocks(other: BlockLayout) -> Kernel | None:
+            return block_kernel(problem, other, buffers.anew(), SCORES)
+
+        kernel = block_kernel(problem, layout, buffers, SCORES)
+        return kernel and evolve(kernel, for_blocks=for_blocks)
     return _dense_kernel(problem)
 
 

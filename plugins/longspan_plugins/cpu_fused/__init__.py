@@ -9,12 +9,13 @@ their place, and for few queries, which leave most lanes of a vector empty, with
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from attrs import evolve
 
 from longspan import refresh
-from longspan.plugin import Capabilities, Kernel, Problem, Reason, hookimpl
+from longspan.plugin import BlockLayout, Capabilities, Kernel, Problem, Reason, hookimpl
 from longspan_plugins import sdpa
 
 
@@ -49,7 +50,7 @@ def longspan_capabilities() -> Capabilities:
 
 
 @hookimpl
-def longspan_pattern(problem: Problem) -> Any:
+def longspan_pattern(problem: Problem, lower: Callable[[], Any]) -> Any:
     """Tiles and segments, where the kernels run the pattern as it is; None leaves it to be lowered."""
     from longspan_plugins.cpu_fused.library import load, missing
     from longspan_plugins.cpu_fused.patterns import program_for
@@ -59,20 +60,25 @@ def longspan_pattern(problem: Problem) -> Any:
     if load().handle is None:  # the compiler that was there when backends were listed cannot compile
         refresh(sys.modules[__name__])
         return None
-    return program_for(problem, load())
+    return program_for(problem, load(), lower().blocks if problem.pattern.kind == "block_sparse" else None)
 
 
 @hookimpl
 def longspan_kernel(problem: Problem, layout: Any) -> Kernel | None:
     """Native kernels over the layout's program; for dense problems without one, the operators of `sdpa`."""
     from longspan_plugins.cpu_fused import native
+    from longspan_plugins.cpu_fused.blocks import block_program
     from longspan_plugins.cpu_fused.library import load
     from longspan_plugins.cpu_fused.program import Program
 
+    def for_blocks(other: BlockLayout) -> Kernel:
+        return native.kernel(problem, block_program(problem, other.blocks), load())
+
     if problem.pattern.kind == "dense" and not isinstance(layout, Program):
-        layout = longspan_pattern(problem)  # lowered from another pattern, with the core's layout
+        layout = longspan_pattern(problem, list)  # lowered from another pattern, with the core's layout
     if isinstance(layout, Program):
-        return native.kernel(problem, layout, load())
+        made = native.kernel(problem, layout, load())
+        return evolve(made, for_blocks=for_blocks) if problem.pattern.kind == "block_sparse" else made
     shifted = problem.is_causal and (problem.query_offset or problem.q_len != problem.kv_len)
     if problem.pattern.kind != "dense" or problem.documents is not None or shifted:
         return None  # to be lowered

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from longspan.plugin import BlockCSR, BlockSparse, Problem
+from longspan.plugin import BlockCSR, BlockSparse, HeadBlocks, Problem
 from longspan_plugins.cpu_fused.program import FAR, TILE, Part, Program, Span, assemble, columns, covers, spans
 from longspan_plugins.cpu_fused.table import counting, integers
 
 __all__ = ["block_program", "packed"]
 
 
-def block_program(problem: Problem) -> Program:
-    """The program of a block-sparse problem."""
+def block_program(problem: Problem, given: Sequence[HeadBlocks] | None = None) -> Program:
+    """The program of a block-sparse problem, of these blocks of its documents unless they are to be evaluated."""
     pattern, documents = problem.pattern, spans(problem)
     assert isinstance(pattern, BlockSparse)  # the caller looked
-    evaluated = [
+    evaluated = given or [
         pattern.csr(span.queries, span.keys, is_causal=problem.is_causal, query_offset=span.first, heads=problem.heads)
         for span in documents
     ]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import lcm
 
 import torch
 
-from longspan.plugin import BlockSparse, Dense, Dilated, Problem, SlidingWindow
+from longspan.plugin import BlockSparse, Dense, Dilated, HeadBlocks, Problem, SlidingWindow
 from longspan_plugins.cpu_fused.blocks import block_program
 from longspan_plugins.cpu_fused.library import Library
 from longspan_plugins.cpu_fused.program import FAR, TILE, Part, Program, Span, assemble, columns, covers, spans
@@ -21,13 +21,16 @@ MOST_BRANCHES, LONGEST_PERIOD = 32, 1024
 """What `dilated.h` holds: branches of a head, and the least common multiple of their rates."""
 
 
-def program_for(problem: Problem, library: Library) -> Program | None:
-    """The problem's program; None where tiles would be too small to pay: few queries, or few rows between cuts."""
+def program_for(problem: Problem, library: Library, blocks: Sequence[HeadBlocks] | None = None) -> Program | None:
+    """The problem's program; None where tiles would be too small to pay: few queries, or few rows between cuts.
+
+    `blocks` are those of a block-sparse pattern's documents, where somebody has them.
+    """
     pattern = problem.pattern
     if max((span.queries for span in spans(problem)), default=0) < FEW or problem.query_offset >= FAR // 2:
         return None
     if isinstance(pattern, BlockSparse):
-        return block_program(problem)
+        return block_program(problem, blocks)
     if isinstance(pattern, Dilated):
         return _dilated(problem, pattern, library)
     if isinstance(pattern, Dense):

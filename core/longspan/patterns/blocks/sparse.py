@@ -22,7 +22,7 @@ from longspan.patterns.text import READERS
 from longspan.patterns.window import SlidingWindow
 from longspan.spec.pattern import Dense, Pattern
 
-__all__ = ["BlockSparse", "ChosenBlocks", "per_head"]
+__all__ = ["BlockSparse", "per_head"]
 
 
 @frozen(slots=False, init=False, repr=False)
@@ -190,23 +190,6 @@ class BlockSparse(Pattern):
         query, key = query_offset + counting(q_len)[:, None], counting(kv_len)[None, :]
         seen = (key <= query) if is_causal else torch.ones(q_len, kv_len, dtype=torch.bool, device="cpu")
         return torch.stack([self.allowed(query, key, head, kv_len) & seen for head in range(heads)])
-
-
-@frozen(slots=False, init=False, repr=False)
-class ChosenBlocks(BlockSparse):
-    """Layouts that were chosen from content, one for each head: what one holds must not decide how another is computed.
-
-    Heads whose layouts happen to be equal share none, so that they do not run together, and none of its rows' blocks
-    are read where they lie just because the others' happen to be in line: the bits of a product depend on both.
-    """
-
-    @on_cpu
-    def csr(
-        self, q_len: int, kv_len: int | None = None, *, is_causal: bool = False, query_offset: int = 0, heads: int = 1
-    ) -> HeadBlocks:
-        """As `BlockSparse.csr`, but each head has its own."""
-        shared = super().csr(q_len, kv_len, is_causal=is_causal, query_offset=query_offset, heads=heads)
-        return HeadBlocks(tuple(shared[head] for head in range(heads)), tuple(range(heads)))
 
 
 def per_head(patterns: Sequence[BlockSparse | SlidingWindow | Dense]) -> BlockSparse:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -13,10 +13,10 @@ from longspan.numerics.tensors import counting, wide_dtype
 from longspan.patterns.blocks.csr import BlockCSR
 from longspan.patterns.blocks.grid import on_cpu
 from longspan.patterns.blocks.masks import FULL, MaskTable
-from longspan.patterns.topk.scoring import BlockScoring
+from longspan.patterns.topk.scoring import BlockScoring, Scorer, scores_by
 from longspan.spec.problem import Problem
 
-__all__ = ["BlockChoice", "Part", "best", "estimated_mass", "layouts_of", "measured_mass"]
+__all__ = ["BlockChoice", "Part", "best", "choose", "estimated_mass", "layouts_of", "measured_mass"]
 
 
 def best(scores: Tensor, scoring: BlockScoring, k: int) -> Tensor:
@@ -46,6 +46,22 @@ def best(scores: Tensor, scoring: BlockScoring, k: int) -> Tensor:
         equal = chosen & (scores == least)
         chosen = above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
     return chosen
+
+
+def choose(
+    k: int, scorer: Scorer | None, scorings: Sequence[tuple[int, BlockScoring]], query: Tensor, key: Tensor
+) -> tuple[Part, ...]:
+    """The choice for each document; its scores have a gradient where one is being recorded."""
+    parts = []
+    for start, scoring in scorings:
+        queries, keys = query, key
+        if scoring.q_len != query.shape[2]:
+            queries, keys = query[:, :, start : start + scoring.q_len], key[:, :, start : start + scoring.kv_len]
+        scores = scores_by(scorer, queries, keys, scoring)
+        with torch.no_grad():
+            chosen = best(scores.detach(), scoring, min(k, scoring.columns))
+        parts.append(Part(start, scoring, scores, chosen))
+    return tuple(parts)
 
 
 @on_cpu

@@ -16,12 +16,12 @@ from longspan.patterns.blocks.grid import check_block_size, on_cpu
 from longspan.patterns.blocks.masks import FULL, MaskTable
 from longspan.patterns.blocks.sparse import BlockSparse
 from longspan.patterns.text import READERS
-from longspan.patterns.topk.choice import BlockChoice, Part, best
-from longspan.patterns.topk.scoring import BlockScoring, Scorer, scores_by
+from longspan.patterns.topk.choice import BlockChoice, choose
+from longspan.patterns.topk.scoring import BlockScoring, Scorer
 from longspan.spec.pattern import Dense, Pattern
 from longspan.spec.problem import Problem
 
-__all__ = ["TopKBlocks", "chosen_for", "scorings", "stand_in"]
+__all__ = ["TopKBlocks", "scorings", "stand_in"]
 
 GRADIENTS = ("none", "straight_through", "soft")
 
@@ -151,7 +151,8 @@ class TopKBlocks(Pattern):
             query_offset=query_offset,
         )
         with torch.no_grad():
-            return BlockChoice(problem, query, key, chosen_for(problem, query, key))
+            parts = choose(self.k, self.scorer, scorings(problem), query, key)
+            return BlockChoice(problem, query, key, parts)
 
     def mass(
         self,
@@ -205,24 +206,6 @@ def scorings(problem: Problem) -> tuple[tuple[int, BlockScoring], ...]:
     parts = [(0, blocks(problem.q_len, problem.kv_len, problem.query_offset))]
     if problem.documents is not None:
         parts = [(a, blocks(b - a, b - a, 0)) for a, b in pairwise(problem.documents) if b > a]
-    return tuple(parts)
-
-
-def chosen_for(problem: Problem, query: Tensor, key: Tensor) -> tuple[Part, ...]:
-    """The choice for each document; its scores have a gradient where one is being recorded."""
-    pattern = problem.pattern
-    assert isinstance(pattern, TopKBlocks)
-    parts = []
-    for start, scoring in scorings(problem):
-        if problem.documents is not None:
-            query_part = query[:, :, start : start + scoring.q_len]
-            key_part = key[:, :, start : start + scoring.kv_len]
-        else:
-            query_part, key_part = query, key
-        scores = scores_by(pattern.scorer, query_part, key_part, scoring)
-        with torch.no_grad():
-            chosen = best(scores.detach(), scoring, min(pattern.k, scoring.columns))
-        parts.append(Part(start, scoring, scores, chosen))
     return tuple(parts)
 
 

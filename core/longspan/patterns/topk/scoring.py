@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from attrs import frozen
@@ -15,7 +16,7 @@ from longspan.patterns.blocks.grid import Grid
 __all__ = ["BlockScoring", "Scorer", "mean_scores", "scores_by"]
 
 
-@frozen
+@frozen(slots=False)
 class BlockScoring:
     """The blocks that are scored: those of the whole sequence, or of one document where documents are packed.
 
@@ -38,17 +39,17 @@ class BlockScoring:
     is_causal: bool
     scale: float
 
-    @property
+    @cached_property
     def grid(self) -> Grid:
         """The grid that the blocks lie on."""
         return Grid(self.block_size, self.q_len, self.kv_len, self.query_offset)
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """How many query blocks there are."""
         return self.grid.rows
 
-    @property
+    @cached_property
     def columns(self) -> int:
         """How many key blocks there are."""
         return self.grid.columns
