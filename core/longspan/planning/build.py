@@ -142,7 +142,7 @@ def _build(
     allocator = _allocator_for(problem, backend)
     memory = Workspace((), allocator, copies)
     if isinstance(route, Native):
-        if whole := _offered(problem, layout, backend, allocator, copies):
+        if whole := _kernel_or_none(problem, layout, backend, allocator, copies):
             core = partial(by_the_core, problem, memory)
             return DirectRunner(layout, whole, backend, problem.scale, core, in_graph), route
         route = lowering.lowered(can)
@@ -266,7 +266,7 @@ def _origin(backend: str, generation: int) -> str:
 
 
 def _kernel(problem: Problem, layout: Any, backend: str, allocator: LeasingAllocator) -> Kernel:
-    kernel = _offered(problem, layout, backend, allocator)
+    kernel = _kernel_or_none(problem, layout, backend, allocator)
     if kernel is None:
         raise PluginError(
             f"{backend}'s longspan_kernel returned None for {problem}; want a callable or a Kernel. "
@@ -275,7 +275,7 @@ def _kernel(problem: Problem, layout: Any, backend: str, allocator: LeasingAlloc
     return kernel
 
 
-def _offered(
+def _kernel_or_none(
     problem: Problem, layout: Any, backend: str, allocator: LeasingAllocator, copies: KeepsCopies | None = None
 ) -> Kernel | None:
     """The backend's kernel; None where it would rather have the pattern lowered."""
@@ -296,8 +296,8 @@ def _offered(
         kernel = Kernel(kernel)
     if not specs:
         return kernel
-    forward = _owning(kernel.forward, workspace)
-    return evolve(kernel, forward=forward, backward=kernel.backward and _owning(kernel.backward, workspace))
+    forward = _releasing_results(kernel.forward, workspace)
+    return evolve(kernel, forward=forward, backward=kernel.backward and _releasing_results(kernel.backward, workspace))
 
 
 def _specs(wanted: object, backend: str) -> tuple[BufferSpec, ...]:
@@ -311,7 +311,7 @@ def _specs(wanted: object, backend: str) -> tuple[BufferSpec, ...]:
     return specs
 
 
-def _owning(run: Callable[..., Any], workspace: Workspace) -> Callable[..., Any]:
+def _releasing_results(run: Callable[..., Any], workspace: Workspace) -> Callable[..., Any]:
     """A kernel with workspace might return some of it: what it returns is the caller's from then on."""
 
     def running(*tensors: Tensor, **given: Any) -> Any:
