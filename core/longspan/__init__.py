@@ -25,13 +25,12 @@ from longspan.errors import (
 )
 from longspan.lowering.blocks import BlockLayout
 from longspan.lowering.layout import Layout
-from longspan.memory import compiled
 from longspan.memory.arena import ArenaStats, BufferArena, buffer_arena
 from longspan.memory.cache import PatternCache, pattern_cache
 from longspan.memory.cached_layout import CacheStats
 from longspan.memory.folders import cache_folder
 from longspan.memory.workspace import Allocator, Workspace
-from longspan.numerics import blockwise, nonfinite
+from longspan.numerics import blockwise
 from longspan.numerics.dropout import Dropout
 from longspan.numerics.merge import merge_
 from longspan.patterns.blocks.builders import (
@@ -46,7 +45,6 @@ from longspan.patterns.blocks.builders import (
     strided_blocks,
 )
 from longspan.patterns.blocks.csr import BlockCSR, HeadBlocks
-from longspan.patterns.blocks.flex import from_block_mask, layout_from, to_block_mask
 from longspan.patterns.blocks.sparse import BlockSparse, per_head
 from longspan.patterns.dilated import Dilated
 from longspan.patterns.text import parse_pattern
@@ -70,8 +68,10 @@ from longspan.spec.resolution import Resolution, Verdict
 
 if _TYPE_CHECKING:
     from longspan import plugin, testing
-
-containment = nonfinite  # as it was called before
+    from longspan.memory import compiled
+    from longspan.numerics import nonfinite
+    from longspan.numerics import nonfinite as containment
+    from longspan.patterns.blocks.flex import from_block_mask, layout_from, to_block_mask
 
 backends = _registry.backends
 refresh = _registry.refresh
@@ -81,10 +81,25 @@ unregister = _registry.unregister
 __version__ = "0.1.0"
 
 
+_LATER = {
+    "compiled": "longspan.memory.compiled",
+    "containment": "longspan.numerics.nonfinite",  # as it was called before
+    "from_block_mask": "longspan.patterns.blocks.flex:from_block_mask",
+    "layout_from": "longspan.patterns.blocks.flex:layout_from",
+    "nonfinite": "longspan.numerics.nonfinite",
+    "plugin": "longspan.plugin",
+    "testing": "longspan.testing",
+    "to_block_mask": "longspan.patterns.blocks.flex:to_block_mask",
+}
+"""Modules, and functions in them, that few programs need: imported when they are first used."""
+
+
 def __getattr__(name: str) -> _Any:
-    """`longspan.plugin` and `longspan.testing`, imported when they are first used."""
-    if name in ("plugin", "testing"):
-        return _import_module(f"longspan.{name}")
+    """What is imported when it is first used."""
+    if name in _LATER:
+        module, _, function = _LATER[name].partition(":")
+        found = globals()[name] = getattr(_import_module(module), function) if function else _import_module(module)
+        return found
     raise AttributeError(f"module 'longspan' has no attribute {name!r}")
 
 

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import torch
 
 from longspan.errors import ArgumentError, warn_caller
-from longspan.memory import cache_file
 from longspan.memory.cached_layout import (
     CachedLayout,
     CacheStats,
@@ -202,6 +201,8 @@ class PatternCache:
             ArgumentError: the file cannot be written.
             LongspanError: safetensors is not installed.
         """
+        from longspan.memory import cache_file
+
         with self._lock:
             kept = [key for key in self._entries if isinstance(key, LayoutKey)]
         layouts = [(key, self._peek(key)) for key in kept if key.origin]
@@ -221,6 +222,8 @@ class PatternCache:
             ArgumentError: the file cannot be read, is damaged, is none of ours, or others may write to it.
             LongspanError: safetensors is not installed.
         """
+        from longspan.memory import cache_file
+
         layouts = cache_file.load(path)
         with self._lock:
             self._loaded.update({key._replace(generation=0): layout for key, layout in layouts})
