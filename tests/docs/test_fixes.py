@@ -33,16 +33,16 @@ RUNS = {
     "longspan matrix --output {target}": "longspan matrix --output {tmp}/support_matrix.md",
     "longspan doctor": "longspan doctor",
     "longspan bench": "longspan bench",
-    "longspan bench {near[0]}": "longspan bench kernels --help",
+    "longspan bench {near}": "longspan bench kernels --help",
     "longspan bench {name}": "longspan bench cache --help",
     "longspan plot": "longspan plot --help",
     "unset {variable}": "unset LONGSPAN_BACKEND",
-    "unset {one.name}": "unset LONGSPAN_BACKEND",
+    "unset {setting.name}": "unset LONGSPAN_BACKEND",
     "unset CUDA_VISIBLE_DEVICES": "unset CUDA_VISIBLE_DEVICES",
     "export {variable}={','.join(dict.fromkeys(listed))}": "export LONGSPAN_BLOCK=flex,flash && longspan explain",
     "{pip()} install --upgrade {package}": "{pip} install --upgrade pluggy --dry-run --no-index --no-deps",
     "{pip()} uninstall {package}": "{pip} uninstall --help",
-    "{pip()} uninstall {shlex.quote(one)}": "{pip} uninstall --help",
+    "{pip()} uninstall {shlex.quote(owner)}": "{pip} uninstall --help",
 }
 """Each line as it stands in the sources, and as it is typed here."""
 
