@@ -1,6 +1,6 @@
 """Which way a problem runs with a backend: natively, as dense calls, as blocks or under a mask. Decided here alone.
 
-The resolution holds the answer, `explain` weighs the dense problems that it poses, and a plan runs it. Whether a kernel
+The resolution holds the answer, `explain` checks the dense problems that it poses, and a plan runs it. Whether a kernel
 that could take a problem natively does so is for its hook to say when the plan is made: a plan whose kernel declined
 holds the next way, and its resolution says so.
 """
@@ -96,7 +96,7 @@ class Lowering:
 
     Args:
         problem: what is to be computed. With `TopKBlocks`, whose blocks are chosen at every call, a block-sparse
-            problem that costs as much stands in, and no mask is weighed: later tokens would decide how earlier run.
+            problem that costs as much stands in, and no mask is considered: later tokens would decide how earlier run.
         may_mask: a block-sparse pattern may run as dense attention under a mask where that costs less.
     """
 
@@ -128,7 +128,7 @@ class Lowering:
         return Native(mine.problem) if is_native(mine.problem, can) else mine.lowered(can)
 
     def means(self, can: Capabilities) -> Capabilities:
-        """What it can do, without what is not weighed here."""
+        """What it can do, without what is not considered here."""
         return can if self._may_mask else evolve(can, mask=False)
 
     def lowered(self, can: Capabilities) -> DenseCalls | Blocks:

@@ -112,7 +112,7 @@ def _lacks(resolution: Resolution, candidates: Sequence[Candidate]) -> list[str]
 def _approximation(pattern: TopKBlocks) -> str:
     return (
         f"{pattern!r} approximates dense attention: it keeps {pattern.k} blocks of keys for each block of queries, "
-        "chosen from content at every call, and then runs as the block-sparse pattern weighed here; "
+        "chosen from content at every call, and then runs as the block-sparse pattern considered here; "
         "`pattern.mass(query, key)` says how much softmax mass it keeps"
     )
 

@@ -163,7 +163,7 @@ def _not_by_auto(candidate: Candidate) -> tuple[Reason, ...]:
     if not can.exact:
         return (Reason("approximate", "backend", "an approximation", "an exact backend for auto", fix),)
     if can.experimental:
-        return (Reason("experimental", "backend", "experimental", "a settled backend for auto", fix),)
+        return (Reason("experimental", "backend", "experimental", "a stable backend for auto", fix),)
     if candidate.info.opt_in:
         return (Reason("opt_in", "backend", "by name only", "to be named", fix),)
     return ()
@@ -194,7 +194,7 @@ def _overridden(policy: Policy) -> tuple[str, ...]:
     if policy.backend is None or not policy.prefer:
         return ()
     preferred = f"{', '.join(policy.prefer)} (preferred in the {policy.prefer_from})"
-    return (f"{preferred} was not weighed: {policy.backend} was named in the {policy.backend_from}",)
+    return (f"{preferred} was not considered: {policy.backend} was named in the {policy.backend_from}",)
 
 
 def _by_name_only(verdicts: Sequence[Verdict]) -> str:
