@@ -28,7 +28,7 @@ from torch import Tensor
 
 import longspan as ls
 from longspan.errors import LongspanError
-from longspan.testing.nonfinite import RESULTS, changed, felt, gradients_too
+from longspan.testing.calls import RESULTS, changed, felt, gradients_too
 from longspan.testing.oracle import visible
 
 __all__ = ["BACKENDS", "Case", "changes", "draw"]

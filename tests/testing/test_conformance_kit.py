@@ -19,8 +19,8 @@ from longspan.spec.backend import DTYPES
 from longspan.testing import cases_for, oracle, run_case, tolerance, verify, visible
 from longspan.testing.answers import answer, dense, factors, sight
 from longspan.testing.cases import PATTERNS, cases_of
+from longspan.testing.checks import lost
 from longspan.testing.claims import unclaimed
-from longspan.testing.sums import lost
 from longspan.testing.tensors import make
 
 # ---------------------------------------------------------------------------------------------------- right and wrong

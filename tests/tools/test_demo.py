@@ -15,7 +15,7 @@ from attrs import evolve
 
 import longspan as ls
 from longspan import blockwise
-from longspan.spec.local import local_device
+from longspan.spec.device import local_device
 from longspan.tools.demo import PATTERN, Timing, baseline, judge, options, run
 from longspan.tools.demo.embedding import embed
 from longspan.tools.demo.judge import Judge, sample_rows

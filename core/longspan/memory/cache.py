@@ -20,10 +20,12 @@ from longspan.memory.cached_layout import (
     CacheStats,
     DeviceCopy,
     LayoutKey,
+    Offloader,
     PatternStats,
+    load,
+    offloader_for,
     pattern_of,
 )
-from longspan.memory.offload import Offloader, load, offloader_for
 from longspan.spec.device import Device
 from longspan.spec.problem import Problem
 

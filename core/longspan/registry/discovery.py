@@ -16,7 +16,7 @@ import pluggy
 from attrs import evolve
 
 from longspan.errors import DuplicateBackend, PluginError, PluginWarning, warn_caller
-from longspan.registry.defaults import Defaults
+from longspan.registry.hookspecs import Defaults
 from longspan.registry.loading import (
     BUILTIN,
     Entry,

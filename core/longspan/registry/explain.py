@@ -17,9 +17,8 @@ from longspan.registry.policy import current
 from longspan.registry.profile import current_profile
 from longspan.registry.resolve import refusals, resolve
 from longspan.spec.backend import Reason
-from longspan.spec.device import Device
+from longspan.spec.device import Device, is_local
 from longspan.spec.foreign import unknown_argument
-from longspan.spec.local import is_local
 from longspan.spec.pattern import Dense
 from longspan.spec.problem import Problem
 from longspan.spec.resolution import Candidate, Resolution

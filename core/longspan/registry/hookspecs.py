@@ -1,4 +1,4 @@
-"""The hooks that make up longspan: signatures and docstrings only. Name only the arguments that you use."""
+"""The hooks that make up longspan, and the core's own implementation of each. Name only the arguments that you use."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import pluggy
 
 from longspan.lowering.blocks import BlockLayout
 from longspan.lowering.layout import Layout
-from longspan.memory.cache import LayoutStore
+from longspan.memory.arena import buffer_arena
+from longspan.memory.cache import LayoutStore, pattern_cache
 from longspan.memory.workspace import Allocator, Workspace
 from longspan.spec.backend import BufferSpec, Capabilities, Kernel, Reason
 from longspan.spec.device import Device
 from longspan.spec.problem import Problem
 
-__all__ = ["API", "PROJECT", "hookimpl", "hookspec"]
+__all__ = ["API", "Defaults", "PROJECT", "hookimpl", "hookspec"]
 
 PROJECT = "longspan"
 API = 1
@@ -70,3 +71,35 @@ def longspan_kernel(problem: Problem, layout: Any, buffers: Workspace) -> Kernel
     declare, the core asks for kernels of the dense problems it lowers to: their `q_len`, `kv_len`, `head_dim`,
     `is_causal`, `scale` and `dtype` are exact, while the kernel may be called with any `batch` and `heads`.
     """
+
+
+class Defaults:
+    """Lowering, a bounded cache for each device and an arena for all, tried last.
+
+    A backend is complete with capabilities and a kernel.
+    """
+
+    @hookimpl(trylast=True)
+    def longspan_unsupported(self, problem: Problem) -> Iterable[Reason]:
+        """Nothing beyond what the capabilities say."""
+        return ()
+
+    @hookimpl(trylast=True)
+    def longspan_pattern(self, lower: Callable[[], Layout | BlockLayout]) -> Layout | BlockLayout:
+        """Lower to dense calls, block-sparse patterns to blocks."""
+        return lower()
+
+    @hookimpl(trylast=True)
+    def longspan_cache(self, device: Device) -> LayoutStore:
+        """One store for each device."""
+        return pattern_cache(device)
+
+    @hookimpl(trylast=True)
+    def longspan_buffers(self, problem: Problem, layout: Any) -> Iterable[BufferSpec]:
+        """A backend that declares no workspace gets none."""
+        return ()
+
+    @hookimpl(trylast=True)
+    def longspan_allocator(self, device: Device) -> Allocator:
+        """The arena, which all devices share."""
+        return buffer_arena()

@@ -14,10 +14,8 @@ import torch
 from attrs import field, frozen
 
 from longspan.spec.backend import BackendInfo
-from longspan.spec.device import Device
-from longspan.spec.local import local_device
-from longspan.testing.devices import absent_devices, claimed_devices
-from longspan.testing.kit import backend_info, cases_for, run_case
+from longspan.spec.device import Device, local_device
+from longspan.testing.kit import absent_devices, backend_info, cases_for, claimed_devices, run_case
 from longspan.testing.outcome import Measure, Outcome
 
 __all__ = ["Certificate", "Worst", "verify"]

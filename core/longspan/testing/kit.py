@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -9,17 +10,17 @@ import torch
 
 from longspan.errors import UnknownBackend
 from longspan.registry.discovery import registry
-from longspan.spec.backend import BackendInfo
+from longspan.spec.backend import BackendInfo, Capabilities
+from longspan.spec.device import Device, is_local, torch_type
 from longspan.spec.problem import Problem
 from longspan.testing.cases import Case, cases_of
 from longspan.testing.checks import CHECKS
 from longspan.testing.claims import Claim
-from longspan.testing.devices import claimed_devices
 from longspan.testing.outcome import Breach, Declined, Outcome
 from longspan.testing.side_effects import unchanged
 from longspan.testing.workbench import Bench
 
-__all__ = ["LOADED", "backend_info", "cases_for", "one_thread", "run_case"]
+__all__ = ["LOADED", "absent_devices", "backend_info", "cases_for", "claimed_devices", "one_thread", "run_case"]
 
 LOADED = Case(
     id="loaded",
@@ -41,6 +42,18 @@ def backend_info(name: str) -> BackendInfo:
         if row.name == name:
             return row
     raise UnknownBackend(name, {row.name for row in rows}, "to be tested")
+
+
+def claimed_devices(can: Capabilities) -> tuple[str, ...]:
+    """The torch devices of this machine that the backend claims, by kind: `cpu`, `cuda`, ... Initialises no CUDA."""
+    kinds = dict.fromkeys(re.split(r"[<>=]", wanted, maxsplit=1)[0] for wanted in can.devices)  # cuda of cuda>=8.0
+    return tuple(dict.fromkeys(torch_type(kind) for kind in kinds if is_local(Device(kind))))
+
+
+def absent_devices(can: Capabilities, devices: tuple[str, ...]) -> tuple[str, ...]:
+    """The claimed devices that none of these torch devices is, as they stand in the capabilities."""
+    tested = [Device.of(torch.device(name)) for name in devices]
+    return tuple(wanted for wanted in can.devices if not any(device.matches(wanted) for device in tested))
 
 
 def cases_for(name: str, devices: Sequence[str] | None = None, *, quick: bool = False) -> tuple[Case, ...]:

@@ -16,8 +16,7 @@ from longspan.spec.resolution import Candidate
 from longspan.testing.answers import Answer, known_answer
 from longspan.testing.cases import Case
 from longspan.testing.claims import backward_of, contract
-from longspan.testing.diagnosis import diagnose
-from longspan.testing.judge import check_shapes, judge_forward, judge_gradients
+from longspan.testing.judge import check_shapes, diagnose, judge_forward, judge_gradients
 from longspan.testing.outcome import Breach, Declined, Measure
 from longspan.testing.tensors import Inputs, make
 

@@ -13,7 +13,7 @@ from attrs import asdict
 
 from longspan.errors import ArgumentError
 from longspan.registry.profile import Measure
-from longspan.spec.local import local_device
+from longspan.spec.device import local_device
 from longspan.tools.bench import catalog
 from longspan.tools.bench.sidebyside import machine
 from longspan.tools.cli import output

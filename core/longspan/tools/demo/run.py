@@ -14,8 +14,7 @@ from longspan.patterns.dilated import Dilated
 from longspan.registry.discovery import registry
 from longspan.registry.explain import explain
 from longspan.registry.resolve import require
-from longspan.spec.device import Device
-from longspan.spec.local import local_device
+from longspan.spec.device import Device, local_device
 from longspan.spec.problem import Problem
 from longspan.tools.demo.baseline import measure_dense
 from longspan.tools.demo.embedding import embed

@@ -12,8 +12,7 @@ import torch
 from attrs import asdict, frozen
 
 from longspan.registry.profile import machine_name
-from longspan.spec.device import Device
-from longspan.spec.local import device_count
+from longspan.spec.device import Device, device_count
 from longspan.tools.doctor import gpus
 
 __all__ = ["LocalDevice", "Machine", "machine"]
