@@ -6,7 +6,7 @@ import pytest
 
 import longspan as ls
 from longspan.testing import Case, cases_for
-from longspan.testing.conformance import assert_conforms
+from longspan.testing.kit import assert_conforms
 
 
 def pytest_generate_tests(metafunc):

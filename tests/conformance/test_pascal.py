@@ -6,7 +6,7 @@ import pytest
 
 import longspan as ls
 from longspan.testing import cases_for
-from longspan.testing.conformance import assert_conforms
+from longspan.testing.kit import assert_conforms
 from small import PascalOnCpu
 
 NAME = "pascal_on_cpu"

@@ -10,6 +10,7 @@ import os
 import threading
 import weakref
 from collections import defaultdict
+from functools import partial
 from importlib.metadata import entry_points
 
 import pluggy
@@ -75,7 +76,7 @@ class Registry:
         with self._lock:
             rows = sorted(self._ledger.values(), key=lambda row: row.name)
             return tuple(
-                Candidate(row, _Unsupported(self.lane(row.name, "longspan_unsupported")))
+                Candidate(row, partial(_unsupported, self.lane(row.name, "longspan_unsupported")))
                 if row.state == "loaded"
                 else Candidate(row)
                 for row in rows
@@ -276,20 +277,15 @@ class Registry:
 _registries: weakref.WeakSet[Registry] = weakref.WeakSet()
 
 
-class _Unsupported:
-    """A backend's `longspan_unsupported` as a plain function."""
-
-    def __init__(self, hook: pluggy.HookCaller) -> None:
-        self._hook = hook
-
-    def __call__(self, problem: Problem) -> tuple[Reason, ...]:
-        try:
-            reasons = tuple(self._hook(problem=problem) or ())
-        except Exception as error:  # noqa: BLE001 - a backend at fault is refused; the others are not affected
-            return (Reason("broken", "longspan_unsupported", f"{type(error).__name__}: {error}", "reasons", "fix it"),)
-        if not all(isinstance(reason, Reason) for reason in reasons):
-            return (Reason("broken", "longspan_unsupported", repr(reasons), "a list of longspan.Reason", "fix it"),)
-        return reasons
+def _unsupported(hook: pluggy.HookCaller, problem: Problem) -> tuple[Reason, ...]:
+    """What a backend's `longspan_unsupported` says of a problem."""
+    try:
+        reasons = tuple(hook(problem=problem) or ())
+    except Exception as error:  # noqa: BLE001 - a backend at fault is refused; the others are not affected
+        return (Reason("broken", "longspan_unsupported", f"{type(error).__name__}: {error}", "reasons", "fix it"),)
+    if not all(isinstance(reason, Reason) for reason in reasons):
+        return (Reason("broken", "longspan_unsupported", repr(reasons), "a list of longspan.Reason", "fix it"),)
+    return reasons
 
 
 def _new_manager() -> Hooks:

@@ -120,15 +120,12 @@ class Loader:
             return evolve(row, state="broken", error=str(crash))
         try:
             with self._watch.importing(row.name, row.distribution, row.version) if watched else nullcontext():
-                row = self._add(entry.point.load(), row)
+                row = add_backend(self._manager, entry.point.load(), evolve(row, state="loaded"), self._contract)
         except _Incompatible as error:
             row = evolve(row, state="incompatible", error=str(error))
         except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a plugin does on import, the others go on
             row = evolve(row, state="broken", error=f"{type(error).__name__}: {error}")
         return evolve(row, import_ms=round(1e3 * (time.perf_counter() - start), 3))
-
-    def _add(self, plugin: Any, row: BackendInfo) -> BackendInfo:
-        return add_backend(self._manager, plugin, evolve(row, state="loaded"), self._contract)
 
     def close(self) -> None:
         """End the watch over imports: nothing more is imported."""

@@ -13,8 +13,7 @@ class TestMine(longspan.testing.BackendConformance):
 
 from longspan.testing.cases import Case
 from longspan.testing.certificate import Certificate, verify
-from longspan.testing.conformance import BackendConformance
-from longspan.testing.kit import cases_for, run_case
+from longspan.testing.kit import BackendConformance, cases_for, run_case
 from longspan.testing.oracle import oracle, visible
 from longspan.testing.outcome import Outcome
 

@@ -118,7 +118,8 @@ def cases_of(can: Capabilities, devices: Sequence[str] = ("cpu",), *, quick: boo
     if not kinds or not can.dtypes or not can.devices:
         return ()
     dims = _head_dims(can)
-    plain = Problem(batch=2, heads=4, q_len=LENGTH, head_dim=_usual(dims), pattern=PATTERNS[kinds[0]])
+    usual = min(dims, key=lambda dim: abs(dim - HEAD_DIM))
+    plain = Problem(batch=2, heads=4, q_len=LENGTH, head_dim=usual, pattern=PATTERNS[kinds[0]])
     cases: list[Case] = []
     for device in devices:
         for dtype in can.dtypes:
@@ -360,10 +361,6 @@ def _head_dims(can: Capabilities) -> tuple[int, ...]:
 def _widest(can: Capabilities) -> str:
     """The most exact dtype that is claimed: errors show there that rounding would hide elsewhere."""
     return max(can.dtypes, key=DTYPES.index)
-
-
-def _usual(dims: Sequence[int]) -> int:
-    return min(dims, key=lambda dim: abs(dim - HEAD_DIM))
 
 
 def _device(wanted: str) -> Device:
