@@ -26,7 +26,7 @@ def as_masked(monkeypatch):
     )
     monkeypatch.setattr(masked, "ROWS", 24)
     monkeypatch.setattr(masked, "KEYS", 16)
-    monkeypatch.setattr("longspan.execution.masked.LEASED", 100)
+    monkeypatch.setattr("longspan.execution.kernel.LEASED", 100)
     forget()
     yield
     forget()

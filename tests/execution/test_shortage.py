@@ -33,7 +33,7 @@ PATTERNS = (BLOCKS, ls.SlidingWindow(0, 20), ls.Dilated((64, 128), (1, 2)), ls.T
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern.kind)
 def test_all_that_was_lent_comes_back(backend, pattern, monkeypatch):
     """Neither a local name of a launch, nor a mask, nor a flipped key keeps it."""
-    monkeypatch.setattr("longspan.execution.masked.LEASED", 1)
+    monkeypatch.setattr("longspan.execution.kernel.LEASED", 1)
     arena, lent = buffer_arena(), 0
     for dtype in (torch.float32, torch.bfloat16):
         for is_causal in (False, True):

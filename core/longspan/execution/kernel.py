@@ -29,12 +29,15 @@ from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from longspan.errors import LongspanError, PluginError
+from longspan.lowering.masked import Slab
+from longspan.memory.workspace import Workspace
 from longspan.numerics import blockwise
 from longspan.spec.backend import Forward, Kernel
 
 __all__ = [
     "CheckedKernel",
     "ForwardModeError",
+    "MaskedKernel",
     "check_gradients",
     "check_result",
     "in_hook",
@@ -46,6 +49,9 @@ __all__ = [
 ]
 
 PLAN = "`longspan explain` lists who else fits"
+
+LEASED = 2**19
+"""Elements from which on a mask's memory is kept from call to call: fresh pages would cost as much as writing it."""
 
 _USUAL = frozenset((Tensor, Parameter))
 
@@ -166,6 +172,45 @@ class CheckedKernel:
             check_gradients(self.backend, result, tensors[1:4])
             self._backward_checked = True
         return result
+
+
+class MaskedKernel(CheckedKernel):
+    """Dense attention under the mask of one slab of a masked layout, made when it runs, in memory from a workspace."""
+
+    __slots__ = ("_memory", "slab")
+
+    def __init__(self, kernel: Kernel, backend: str, *, slab: Slab, memory: Workspace, **known: Any) -> None:
+        super().__init__(kernel, backend, **known)
+        self.slab, self._memory = slab, memory
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
+        """The kernel's forward under the mask."""
+        with self._mask(query) as mask:
+            try:
+                return super().forward(query, key, value, mask=mask, **given)
+            finally:
+                del mask  # else the memory behind it would not come back
+
+    def backward(self, *tensors: Tensor, dlse: Tensor | None = None, **given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The kernel's backward under the mask, or the core's."""
+        with self._mask(tensors[0]) as mask:
+            try:
+                if not self.differentiates(dlse):  # the core's takes what is seen
+                    mask = mask == 0
+                return super().backward(*tensors, dlse=dlse, mask=mask, **given)
+            finally:
+                del mask
+
+    @contextmanager
+    def _mask(self, like: Tensor) -> Iterator[Tensor]:
+        """`(1, 1, queries, keys)` of this tensor's dtype, where it is."""
+        rows, columns = self.slab.shape
+        cpu = torch.device("cpu")
+        if rows * columns < LEASED:
+            yield self.slab.fill(torch.empty(rows, columns, dtype=like.dtype, device=cpu)).to(like.device)
+            return
+        with self._memory.temporary("mask", (rows, columns), like.dtype, cpu, always=True) as memory:
+            yield self.slab.fill(memory).to(like.device)
 
 
 def check_result(backend: str, result: Any, query: Tensor) -> None:

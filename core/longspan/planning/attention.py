@@ -13,9 +13,8 @@ from torch import Tensor
 
 from longspan.errors import ArgumentError, brief
 from longspan.execution.kernel import undisturbed
-from longspan.planning.autocast import follow_autocast
 from longspan.planning.operators import attend_in_graph, find_plans_by
-from longspan.planning.plan import Plan, plan
+from longspan.planning.plan import Plan, follow_autocast, plan
 from longspan.registry import policy
 from longspan.registry.discovery import registry
 from longspan.registry.policy import fingerprint, with_backend

@@ -18,8 +18,7 @@ from longspan.errors import PluginError, brief
 from longspan.execution.blocks import BlockRunner
 from longspan.execution.chosen import ChosenBlocks
 from longspan.execution.direct import DirectRunner, by_the_core
-from longspan.execution.kernel import CheckedKernel, in_hook
-from longspan.execution.masked import MaskedKernel
+from longspan.execution.kernel import CheckedKernel, MaskedKernel, in_hook
 from longspan.execution.runner import Gradients, Runner
 from longspan.execution.strided import LoweredRunner
 from longspan.execution.topk import ChoosingRunner, Way

@@ -16,7 +16,6 @@ from longspan.lowering.route import Lowering
 from longspan.memory.cache import LayoutStore
 from longspan.numerics.dropout import Draw, check_seed, draw_seed
 from longspan.numerics.tensors import wide_dtype
-from longspan.planning.autocast import follow_autocast
 from longspan.planning.build import build
 from longspan.planning.operators import attend_in_graph, differentiate_in_graph
 from longspan.planning.verification import Verification, observe
@@ -28,7 +27,7 @@ from longspan.spec.inputs import Arguments
 from longspan.spec.problem import Problem
 from longspan.spec.resolution import Resolution
 
-__all__ = ["Plan", "plan"]
+__all__ = ["Plan", "follow_autocast", "plan"]
 
 
 def plan(
@@ -243,3 +242,19 @@ class Plan:
 
     def __repr__(self) -> str:
         return f"Plan({self.problem}: {self.backend}, {self.layout})"
+
+
+def follow_autocast(query: Any, key: Any, value: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Cast to autocast's dtype where it is enabled for query's device; float64 stays, as everywhere under autocast."""
+    if not all(isinstance(tensor, Tensor) for tensor in (query, key, value)):
+        return query, key, value  # to be refused by whoever checks
+    kind = query.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(kind)
+
+    def cast(tensor: Tensor) -> Tensor:
+        eligible = tensor.is_floating_point() and tensor.dtype is not torch.float64
+        return tensor.to(dtype) if eligible else tensor
+
+    return cast(query), cast(key), cast(value)
