@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from longspan.errors import FURTHEST, ArgumentError, brief, check_integer, check_number, is_integer
-from longspan.patterns.blocks.grid import check_block_size
 from longspan.patterns.blocks.primitives import Dilation, GlobalBlocks, GlobalTokens, Hierarchy, Strides
 from longspan.patterns.blocks.rules import Local
 from longspan.patterns.blocks.sampling import Drawn
@@ -47,7 +46,6 @@ def global_blocks(blocks: int | Sequence[int] = 1, block_size: int = 128) -> Blo
             fix = "longspan.Dense(), or a larger block_size"
             raise ArgumentError("blocks", f"{brief(blocks)} blocks", f"at most {LISTED:,} global blocks", fix)
         blocks = tuple(range(blocks))
-    check_block_size(block_size)
     return BlockSparse(block_size, GlobalBlocks(_numbers("blocks", blocks), block_size))
 
 
@@ -62,7 +60,6 @@ def strided_blocks(stride: int, block_size: int = 128) -> BlockSparse:
     The strided half of Sparse Transformers (Child et al., 2019, arXiv 1904.10509, section 4.2), in blocks.
     """
     check_integer("stride", stride, 1)
-    check_block_size(block_size)
     return BlockSparse(block_size, Strides(stride, block_size))
 
 
@@ -73,7 +70,6 @@ def dilated_blocks(reach: int, rate: int, block_size: int = 128) -> BlockSparse:
     """
     check_integer("reach", reach)
     check_integer("rate", rate, 1)
-    check_block_size(block_size)
     return BlockSparse(block_size, Dilation(reach, rate, block_size))
 
 
@@ -84,7 +80,6 @@ def hierarchical_blocks(near: int = 4, block_size: int = 128) -> BlockSparse:
     every 2nd; from there to four times as far, every 4th; and so on, to both sides. Multiples of the step are kept.
     """
     check_integer("near", near, 1)
-    check_block_size(block_size)
     return BlockSparse(block_size, Hierarchy(near, block_size))
 
 
@@ -101,7 +96,6 @@ def random_blocks(density: float, block_size: int = 128, seed: int = 0) -> Block
     """
     if not 0 < check_number("density", density) <= 1:
         raise ArgumentError("density", repr(density), "a share above 0 and at most 1", "e.g. random_blocks(0.1)")
-    check_block_size(block_size)
     return BlockSparse(block_size, Drawn(float(density), _seed(seed), block_size))
 
 
@@ -123,7 +117,6 @@ def bigbird(
     """
     check_integer("window", window, 1)
     check_integer("random", random)
-    check_block_size(block_size)
     if window % 2 == 0:
         raise ArgumentError("window", window, "an odd number of blocks, the query's own in the middle", "e.g. window=3")
     pattern = BlockSparse(block_size, Dilation(window // 2, 1, block_size))

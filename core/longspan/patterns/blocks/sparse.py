@@ -12,11 +12,10 @@ from torch import Tensor
 from longspan.errors import ArgumentError, check_integer
 from longspan.numerics.tensors import counting
 from longspan.patterns.blocks.csr import BlockCSR, HeadBlocks
-from longspan.patterns.blocks.evaluation import evaluate
 from longspan.patterns.blocks.grid import Grid, check_block_size, on_cpu
 from longspan.patterns.blocks.masks import MaskTable
 from longspan.patterns.blocks.primitives import ExplicitBlocks
-from longspan.patterns.blocks.rules import And, Local, PerHead, Rule
+from longspan.patterns.blocks.rules import And, Local, PerHead, Rule, evaluate
 from longspan.patterns.blocks.text import parse_rule
 from longspan.patterns.text import READERS
 from longspan.patterns.window import SlidingWindow

@@ -16,7 +16,7 @@ from longspan.patterns.blocks.masks import FULL, MaskTable
 from longspan.patterns.topk.scoring import BlockScoring, Scorer, scores_by
 from longspan.spec.problem import Problem
 
-__all__ = ["BlockChoice", "Part", "best", "choose", "estimated_mass", "layouts_of", "measured_mass"]
+__all__ = ["BlockChoice", "Part", "best", "choose", "estimated_mass", "layouts_of", "measured_mass", "states_of"]
 
 
 def best(scores: Tensor, scoring: BlockScoring, k: int) -> Tensor:
@@ -78,13 +78,18 @@ def layouts_of(chosen: Tensor, scoring: BlockScoring) -> tuple[BlockCSR, ...]:
         line, keys = flat.nonzero(as_tuple=True)
         counts, keys = torch.bincount(line, minlength=len(flat)).tolist(), keys.cpu()
         table = MaskTable(grid.block_size)
-        states = torch.full_like(keys, FULL)
-        if scoring.is_causal:
-            triangle = torch.ones(1, grid.block_size, grid.block_size, dtype=torch.bool, device="cpu").tril_()
-            own = keys // grid.columns + grid.first_row == keys % grid.columns
-            states = torch.where(own, table.add(triangle), FULL)
-        parts = zip(torch.split(keys, counts), torch.split(states, counts), strict=True)
+        parts = zip(torch.split(keys, counts), torch.split(states_of(keys, scoring, table), counts), strict=True)
         return tuple(BlockCSR.of(grid, mine, state, table) for mine, state in parts)
+
+
+def states_of(keys: Tensor, scoring: BlockScoring, table: MaskTable) -> Tensor:
+    """The states of chosen blocks, given by their keys: full, but for those on the diagonal where it is causal."""
+    if not scoring.is_causal:
+        return torch.full_like(keys, FULL)
+    grid = scoring.grid
+    triangle = torch.ones(1, grid.block_size, grid.block_size, dtype=torch.bool, device="cpu").tril_()
+    own = keys // grid.columns + grid.first_row == keys % grid.columns
+    return torch.where(own, table.add(triangle), FULL)
 
 
 @frozen(slots=False, eq=False, repr=False)

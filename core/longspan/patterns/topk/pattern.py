@@ -13,10 +13,10 @@ from longspan.errors import ArgumentError, brief, check_integer
 from longspan.numerics.tensors import counting
 from longspan.patterns.blocks.csr import BlockCSR
 from longspan.patterns.blocks.grid import check_block_size, on_cpu
-from longspan.patterns.blocks.masks import FULL, MaskTable
+from longspan.patterns.blocks.masks import MaskTable
 from longspan.patterns.blocks.sparse import BlockSparse
 from longspan.patterns.text import READERS
-from longspan.patterns.topk.choice import BlockChoice, choose
+from longspan.patterns.topk.choice import BlockChoice, choose, states_of
 from longspan.patterns.topk.scoring import BlockScoring, Scorer
 from longspan.spec.pattern import Dense, Pattern
 from longspan.spec.problem import Problem
@@ -256,13 +256,8 @@ def stand_in(problem: Problem) -> Problem:
         columns = (own - near.flip(0)).flatten()
     else:
         columns = ((own - kept // 2).clamp(min=0, max=grid.columns - kept) + near).flatten()
-    keys = counting(grid.rows).repeat_interleave(kept) * grid.columns + columns
-    states = torch.full_like(keys, FULL)
-    if problem.is_causal:
-        diagonal = table.add(torch.ones(1, grid.block_size, grid.block_size, dtype=torch.bool, device="cpu").tril_())
-        states = torch.where(keys // grid.columns + grid.first_row == columns, diagonal, states)
-        keys, states = keys[columns >= 0], states[columns >= 0]
-    csr = BlockCSR.of(grid, keys, states, table)
+    keys = (counting(grid.rows).repeat_interleave(kept) * grid.columns + columns)[columns >= 0]
+    csr = BlockCSR.of(grid, keys, states_of(keys, scoring, table), table)
     return problem.replace(
         pattern=BlockSparse(pattern.block_size, csr),
         batch=1,
