@@ -67,8 +67,8 @@ def longspan_pattern(problem: Problem, lower: Callable[[], Any]) -> Any:
 def longspan_kernel(problem: Problem, layout: Any) -> Kernel | None:
     """Native kernels over the layout's program; for dense problems without one, the operators of `sdpa`."""
     from longspan_plugins.cpu_fused import native
-    from longspan_plugins.cpu_fused.blocks import block_program
     from longspan_plugins.cpu_fused.library import load
+    from longspan_plugins.cpu_fused.patterns import block_program
     from longspan_plugins.cpu_fused.program import Program
 
     def for_blocks(other: BlockLayout) -> Kernel:
