@@ -11,10 +11,10 @@ import torch
 import longspan as ls
 from longspan.errors import ArgumentError, LongspanError
 from longspan.tools import cli
-from longspan.tools.bench import baselines, block_sparse, catalog
+from longspan.tools.bench import baselines, block_sparse, contract
+from longspan.tools.bench.apart import LongWindow, measure_window
 from longspan.tools.bench.baselines import Comparison, against_bigbird, against_flex, against_longformer
-from longspan.tools.bench.long_window import LongWindow, measure_window
-from longspan.tools.bench.rows import Rows
+from longspan.tools.bench.sidebyside import Rows
 
 ROW = {
     "work": str,
@@ -248,7 +248,7 @@ def test_a_million_is_held_to_its_limits(monkeypatch):
 
 
 def test_it_is_listed_and_runs_the_parts_asked_for(capsys, monkeypatch):
-    assert "block-sparse" in {one.NAME for one in catalog.benches()}
+    assert "block-sparse" in {one.NAME for one in contract.benches()}
     asked = []
     monkeypatch.setattr(block_sparse, "measure_window", lambda what, on_stage: asked.append(what) or _stages(what))
     before = torch.get_num_threads()

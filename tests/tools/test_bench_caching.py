@@ -7,9 +7,9 @@ import json
 import pytest
 
 from longspan.tools import cli
-from longspan.tools.bench import cache, catalog
+from longspan.tools.bench import cache, contract
+from longspan.tools.bench.contract import perform
 from longspan.tools.bench.sidebyside import interleave, machine, ratio, summary
-from longspan.tools.bench.steps import perform
 from longspan.tools.meter import faults, resident
 
 
@@ -23,13 +23,13 @@ def run(capsys, *arguments):
 def test_the_benches_are_listed(capsys):
     code, out, _ = run(capsys)
     assert code == 0
-    assert all(one.NAME in out for one in catalog.benches())
-    assert {"cache", "buffers", "stress"} <= {one.NAME for one in catalog.benches()}
+    assert all(one.NAME in out for one in contract.benches())
+    assert {"cache", "buffers", "stress"} <= {one.NAME for one in contract.benches()}
 
 
 def test_the_list_is_json_for_machines(capsys):
     code, out, _ = run(capsys, "--json")
-    assert code == 0 and [one["name"] for one in json.loads(out)] == [one.NAME for one in catalog.benches()]
+    assert code == 0 and [one["name"] for one in json.loads(out)] == [one.NAME for one in contract.benches()]
     assert all(one["help"] for one in json.loads(out))
 
 

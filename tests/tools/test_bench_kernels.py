@@ -11,7 +11,7 @@ import torch
 import longspan as ls
 from longspan.registry.profile import forget_profiles, profile_path
 from longspan.tools.bench import kernels
-from longspan.tools.bench.footprint import peak_bytes
+from longspan.tools.bench.apart import peak_bytes
 from longspan.tools.cli import main
 
 

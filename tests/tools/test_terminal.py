@@ -27,13 +27,13 @@ SLOW = "flex,cpu_fused"  # what is compiled first
 DEMO = ["demo", __file__, "--tokens", "600", "--device", "cpu"]
 CANNED = """
 import json
-from longspan.tools.bench import catalog
+from longspan.tools.bench import contract
 found = json.loads(open({path!r}).read())
 class Bench:
     HELP = "canned"
     add_arguments = staticmethod(lambda parser: None)
     run = staticmethod(lambda args, on_step: on_step("a step", 0, 2) or {{**found, "complete": True}})
-catalog.find = lambda name: Bench
+contract.find = lambda name: Bench
 """
 FEW_CASES = """
 from longspan.testing import certificate

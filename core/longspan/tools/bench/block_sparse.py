@@ -23,6 +23,7 @@ from longspan.patterns.blocks.builders import random_blocks
 from longspan.planning.build import build
 from longspan.spec.pattern import Dense, Pattern
 from longspan.spec.problem import Problem
+from longspan.tools.bench.apart import LongWindow, measure_window
 from longspan.tools.bench.baselines import (
     Comparison,
     against_bigbird,
@@ -30,11 +31,8 @@ from longspan.tools.bench.baselines import (
     against_longformer,
     need_transformers,
 )
-from longspan.tools.bench.long_window import LongWindow, measure_window
-from longspan.tools.bench.options import positive
-from longspan.tools.bench.rows import Rows
-from longspan.tools.bench.sidebyside import interleave, ratio
-from longspan.tools.bench.steps import OnStep, Step, perform, silent
+from longspan.tools.bench.contract import OnStep, Step, perform, positive, silent
+from longspan.tools.bench.sidebyside import Rows, interleave, ratio
 
 __all__ = ["HELP", "NAME", "add_arguments", "compare_baselines", "densities", "million", "run", "tiles"]
 

@@ -23,9 +23,8 @@ from longspan.planning.plan import Plan, plan
 from longspan.spec.backend import BufferSpec
 from longspan.spec.pattern import Pattern
 from longspan.spec.problem import Problem
-from longspan.tools.bench.options import count, positive
+from longspan.tools.bench.contract import OnStep, Step, count, perform, positive, silent
 from longspan.tools.bench.sidebyside import ratio
-from longspan.tools.bench.steps import OnStep, Step, perform, silent
 from longspan.tools.meter import faults, resident, return_freed_memory, timed
 
 __all__ = ["HELP", "NAME", "add_arguments", "run", "threshold"]

@@ -20,9 +20,8 @@ from longspan.planning.plan import plan
 from longspan.spec.inputs import Arguments
 from longspan.spec.pattern import Dense, Pattern
 from longspan.spec.problem import Problem
-from longspan.tools.bench.options import positive
+from longspan.tools.bench.contract import OnStep, Step, perform, positive, silent
 from longspan.tools.bench.sidebyside import interleave, ratio, summary
-from longspan.tools.bench.steps import OnStep, Step, perform, silent
 
 __all__ = ["HELP", "NAME", "add_arguments", "run"]
 

@@ -20,11 +20,10 @@ from torch import Tensor
 import longspan
 from longspan import Dilated, Problem, SlidingWindow
 from longspan.lowering.dense import lower
-from longspan.tools.bench.footprint import peak_bytes
+from longspan.tools.bench.apart import peak_bytes
+from longspan.tools.bench.contract import OnStep, Step, perform, silent
 from longspan.tools.bench.peaks import bandwidth, product_peak
-from longspan.tools.bench.rows import Rows
-from longspan.tools.bench.sidebyside import interleave
-from longspan.tools.bench.steps import OnStep, Step, perform, silent
+from longspan.tools.bench.sidebyside import Rows, interleave
 
 __all__ = ["HELP", "NAME", "add_arguments", "grouped_by_hand", "run"]
 

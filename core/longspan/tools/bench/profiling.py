@@ -14,8 +14,8 @@ from longspan.errors import LongspanError
 from longspan.registry.profile import Measure, Profile, machine_name
 from longspan.spec.device import Device
 from longspan.tools.bench.buffers import threshold
+from longspan.tools.bench.contract import OnStep, silent
 from longspan.tools.bench.peaks import bandwidth, product_peak
-from longspan.tools.bench.steps import OnStep, silent
 from longspan.tools.meter import timed
 
 __all__ = ["make_profile"]
@@ -38,7 +38,12 @@ def make_profile(
         on_failure: called with a line for each backend that could not be measured; it is left out of the profile.
     """
     kind = Device.of(device)
-    pairs = [(problem, name) for problem in _problems(kind, quick) for name in _names_for_auto(problem)]
+    pairs = [
+        (problem, verdict.name)
+        for problem in _problems(kind, quick)
+        for verdict in longspan.explain(problem).candidates
+        if verdict.ok and not verdict.reasons  # auto may take it
+    ]
     total = len(pairs) + 2
     measures = []
     for done, (problem, name) in enumerate(pairs):
@@ -53,6 +58,7 @@ def make_profile(
     peaks = {dtype: product_peak(getattr(torch, dtype), device, 3) for dtype in DTYPES}
     copies = bandwidth(device, 3)
     on_step("from which size on the arena pays", total - 1, total)
+    pays = threshold(3 if quick else 7, device)["pays_from_mib"]
     return Profile(
         device=kind.name,
         machine=machine_name(),
@@ -61,19 +67,8 @@ def make_profile(
         peaks=peaks,
         bandwidth=copies,
         measures=tuple(measures),
-        workspace_threshold=_threshold(device, quick),
+        workspace_threshold=None if pays is None else pays * 2**20,
     )
-
-
-def _names_for_auto(problem: Problem) -> list[str]:
-    """The backends that auto may take."""
-    candidates = longspan.explain(problem).candidates
-    return [verdict.name for verdict in candidates if verdict.ok and not verdict.reasons]
-
-
-def _threshold(device: torch.device, quick: bool) -> int | None:
-    pays: int | None = threshold(3 if quick else 7, device)["pays_from_mib"]
-    return None if pays is None else pays * 2**20
 
 
 def _problems(device: Device, quick: bool) -> Iterator[Problem]:

@@ -24,8 +24,7 @@ from longspan.testing.answers import answer
 from longspan.testing.judge import judge_forward, judge_gradients
 from longspan.testing.outcome import Breach
 from longspan.testing.tensors import Inputs
-from longspan.tools.bench.options import duration, positive
-from longspan.tools.bench.steps import OnStep, perform, silent
+from longspan.tools.bench.contract import OnStep, duration, perform, positive, silent
 from longspan.tools.meter import resident
 
 __all__ = ["HELP", "NAME", "add_arguments", "run", "stress"]

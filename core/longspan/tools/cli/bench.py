@@ -14,7 +14,7 @@ from attrs import asdict
 from longspan.errors import ArgumentError
 from longspan.registry.profile import Measure
 from longspan.spec.device import local_device
-from longspan.tools.bench import catalog
+from longspan.tools.bench import contract
 from longspan.tools.bench.sidebyside import machine
 from longspan.tools.cli import output
 from longspan.tools.cli.progress import progress
@@ -52,7 +52,7 @@ def bench(
     if name is None:
         _list(as_json)
         return
-    chosen = catalog.find(name)
+    chosen = contract.find(name)
     parser = _Parser(prog=f"longspan bench {name}", description=chosen.HELP, add_help=False)
     chosen.add_arguments(parser)
     if options:
@@ -80,7 +80,7 @@ def bench(
 
 
 def _list(as_json: bool) -> None:
-    benches = [(listed.NAME, listed.HELP) for listed in catalog.benches()]
+    benches = [(listed.NAME, listed.HELP) for listed in contract.benches()]
     if as_json:
         print(json.dumps([{"name": name, "help": help_} for name, help_ in benches], indent=1))
     else:

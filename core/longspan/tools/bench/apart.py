@@ -1,4 +1,4 @@
-"""A window over a very long sequence, in a process of its own: index, time and peak memory."""
+"""Measurements in a process of their own: peak memory of one call, and a window over a very long sequence."""
 
 from __future__ import annotations
 
@@ -8,19 +8,41 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from attrs import asdict, frozen
 
 from longspan.errors import LongspanError
 
-__all__ = ["LongWindow", "measure_window"]
+__all__ = ["LongWindow", "measure_window", "peak_bytes"]
 
-_PROGRAM = """
+_START = """
 import signal
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
 import json, sys, time, torch, longspan
 from longspan.tools.meter import PeakMemory
 given = json.loads(sys.argv[1])
 torch.set_num_threads(given["threads"])
+"""
+
+_CALL = """
+side, shape, dtype, gradients = given["call"]
+def run(shape):
+    x = [torch.randn(shape).to(getattr(torch, dtype)).requires_grad_(gradients) for _ in range(3)]
+    def call():
+        if side == "SDPA":
+            out = torch.nn.functional.scaled_dot_product_attention(*x)
+        else:
+            out = longspan.attention(*x, backend=side)
+        return (out, *torch.autograd.grad(out, x, out)) if gradients else (out,)
+    return call
+run([1, 2, 256, shape[3]])()
+call = run(shape)
+with PeakMemory(torch.device("cpu")) as meter:
+    results = call()
+print(int(meter.mib * 2**20) - sum(x.nbytes for x in results))
+"""
+
+_WINDOW = """
 pattern = longspan.local_blocks(given["reach"], 0, block_size=given["block_size"])
 def say(stage, seconds, **more):
     print(json.dumps({"stage": stage, "seconds": seconds, **more}), flush=True)
@@ -52,6 +74,20 @@ with torch.inference_mode():
         out, lse = measured("forward", lambda: plan(*x))
     measured("backward", lambda: plan.backward(out, *x, out, lse))
 """
+
+
+def peak_bytes(side: str, shape: tuple[int, ...], dtype: str, gradients: bool) -> int:
+    """Bytes beyond inputs and results (out, with `gradients` the three gradients too) at a call's peak.
+
+    Args:
+        side: a backend's name, or `SDPA` for torch's own.
+        shape: `(batch, heads, seq, head_dim)`.
+        dtype: a torch dtype's name.
+        gradients: forward and backward.
+    """
+    given = json.dumps({"call": [side, shape, dtype, gradients], "threads": torch.get_num_threads()})
+    done = subprocess.run([sys.executable, "-c", _START + _CALL, given], capture_output=True, text=True, check=True)
+    return int(done.stdout)
 
 
 @frozen
@@ -86,7 +122,7 @@ def measure_window(what: LongWindow, on_stage: Callable[[str], object] = str) ->
     measured: list[dict[str, Any]] = []
     stages = ["index", "plan", *["forward"] * what.calls, "backward"]
     on_stage(_words(what, stages, 0))
-    command = [sys.executable, "-c", _PROGRAM, json.dumps(asdict(what))]
+    command = [sys.executable, "-c", _START + _WINDOW, json.dumps(asdict(what))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
