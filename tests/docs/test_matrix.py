@@ -9,7 +9,7 @@ import pytest
 
 import longspan
 from longspan.registry import hookspecs
-from longspan.tools.matrix import render_matrix
+from longspan.tools.cli.matrix import render_matrix
 
 ROOT = Path(__file__).resolve().parents[2]
 HOOKS = [name for name in vars(hookspecs) if name.startswith("longspan_")]

@@ -11,8 +11,7 @@ import torch
 import longspan as ls
 from longspan.testing import visible
 from longspan.tools.cli import main
-from longspan.tools.cli.dilated import dilated_heads, dilated_shares
-from longspan.tools.cli.plot import FULL, PARTIAL, WHITE, cell_blocks, picture
+from longspan.tools.cli.plot import FULL, PARTIAL, WHITE, cell_blocks, dilated_heads, dilated_shares, picture
 
 COLOURS = {"full": torch.tensor(FULL), "partial": torch.tensor(PARTIAL), "nothing": torch.tensor(WHITE)}
 

@@ -1,1 +1,1 @@
-"""What a person runs: the command line, benches, the demo, the doctor and the support matrix."""
+"""What a person runs: the command line, benches, the demo and the doctor."""

@@ -26,8 +26,6 @@ from longspan.tools.cli.verify import verify
 
 __all__ = ["app", "main"]
 
-INTERRUPTED = 130
-"""The exit code after Ctrl-C, as shells have it: 128 and the signal's number."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
@@ -39,7 +37,7 @@ class _Commands(TyperGroup):
             return super().invoke(context)
         except KeyboardInterrupt:
             output.fail("interrupted")
-            raise typer.Exit(INTERRUPTED) from None
+            raise typer.Exit(output.INTERRUPTED) from None
 
 
 app = typer.Typer(

@@ -21,8 +21,6 @@ from longspan.tools.cli.progress import progress
 
 __all__ = ["bench"]
 
-INTERRUPTED = 130
-
 
 class _Parser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -76,7 +74,7 @@ def bench(
         _show(result)
     if not result["complete"]:
         output.fail("interrupted; what was measured before is above" if result.get("rows", True) else "interrupted")
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(output.INTERRUPTED)
 
 
 def _list(as_json: bool) -> None:

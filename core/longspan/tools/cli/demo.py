@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 from rich.text import Text
 
 from longspan.tools.cli import output
-from longspan.tools.cli.progress import Progress, progress
+from longspan.tools.cli.progress import progress
 from longspan.tools.cli.tables import Grid
 from longspan.tools.demo import DEFAULT_TOKENS, Report, Row, run
 
 __all__ = ["demo"]
 
-INTERRUPTED = 130
 COLUMNS = (
     ("backend", False, 0),
     ("", False, 7),
@@ -51,7 +51,7 @@ def demo(
     after Ctrl-C, which prints what there is.
     """
     with progress() as shown:
-        table = None if as_json else _Table(shown)
+        table = None if as_json else _Table(shown.console)
         report = run(
             text,
             tokens=tokens,
@@ -71,7 +71,7 @@ def demo(
     if report.interrupted:
         ran = len([row for row in report.rows if row.state != "refused"])
         output.fail(f"interrupted after {ran} of {len(_taking_part(report))} backends")
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(output.INTERRUPTED)
     if report.failures:
         raise typer.Exit(1)
 
@@ -87,32 +87,33 @@ def _taking_part(report: Report) -> list[str]:
 class _Table:
     """Headings once the comparison is known, then a line for each backend that ran."""
 
-    def __init__(self, shown: Progress) -> None:
-        self._shown = shown
+    def __init__(self, console: Console) -> None:
+        self._console = console
         self._grid: Grid | None = None
         self._kept: tuple[int, ...] = ()
 
     def update(self, report: Report) -> None:
         """Show what is new in the report."""
         if self._grid is None:
-            _introduce(report, self._shown)
-            self._kept, self._grid = _grid(report, self._shown.console.width)
-            self._shown.show([Text(), *self._grid.head("─")])
+            _introduce(report, self._console)
+            self._kept, self._grid = _grid(report, self._console.width)
+            output.lines(self._console, [Text(), *self._grid.head("─")])
         elif (row := report.rows[-1]).state != "refused":  # said below the table, with its reasons
             cells = _cells(report, row)
-            self._shown.show(list(self._grid.row([cells[index] for index in self._kept])))
+            output.lines(self._console, list(self._grid.row([cells[index] for index in self._kept])))
 
 
-def _introduce(report: Report, shown: Progress) -> None:
+def _introduce(report: Report, console: Console) -> None:
     problem = report.resolution.problem
-    shown.say(f"{report.tokens:,} tokens, the bytes of {report.text}", "bold")
+    output.write(console, f"{report.tokens:,} tokens, the bytes of {report.text}", "bold")
     for line in report.notes:
-        shown.say(f"note: {line}", "yellow")
-    shown.say(
+        output.write(console, f"note: {line}", "yellow")
+    output.write(
+        console,
         f"causal {problem.pattern.spec}, {problem.heads} heads of {problem.head_dim}, {problem.dtype}, "
-        f"{report.device}, torch {report.torch}, seed {report.seed}"
+        f"{report.device}, torch {report.torch}, seed {report.seed}",
     )
-    shown.say(_dense(report))
+    output.write(console, _dense(report))
 
 
 def _dense(report: Report) -> str:

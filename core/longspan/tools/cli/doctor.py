@@ -13,7 +13,7 @@ from longspan.registry import quarantine
 from longspan.registry.policy import Policy
 from longspan.spec.backend import BackendInfo
 from longspan.tools.cli import output
-from longspan.tools.doctor import Report, Unusable, examine
+from longspan.tools.doctor import Report, examine
 
 __all__ = ["doctor"]
 
@@ -91,7 +91,8 @@ def _show(report: Report) -> None:
         output.say("each was imported in an interpreter of its own")
     if report.ledger.unusable:
         output.say("loaded, and of no use here", "bold")
-        output.table([("backend", False), ("why", False)], [_useless(useless) for useless in report.ledger.unusable])
+        useless = [(found.backend, "\n".join(found.texts)) for found in report.ledger.unusable]
+        output.table([("backend", False), ("why", False)], useless)
     if report.settings:
         variables = [(setting.name, setting.value, setting.error or "in force") for setting in report.settings]
         output.table([("variable", False), ("value", False), ("", False)], variables)
@@ -116,10 +117,6 @@ def _cells(row: BackendInfo) -> tuple[str | Text, ...]:
     owner = f"{row.distribution} {row.version}".strip() or "this process"
     took = f"{row.import_ms:,.1f}" if row.import_ms else ""
     return row.name, Text(row.state, COLORS.get(row.state, "red")), owner, took, row.error
-
-
-def _useless(useless: Unusable) -> tuple[str, str]:
-    return useless.backend, "\n".join(useless.texts)
 
 
 def _policy(policy: Policy) -> str:

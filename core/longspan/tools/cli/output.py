@@ -37,6 +37,8 @@ __all__ = [
     "write",
 ]
 
+INTERRUPTED = 130
+"""The exit code after Ctrl-C, as shells have it: 128 and the signal's number."""
 PIPED_WIDTH = 120
 """Columns of a table where stdout is no terminal and `COLUMNS` does not say."""
 ERRORS = "longspan"
@@ -96,21 +98,20 @@ def is_terminal(file: TextIO) -> bool:
     return file.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
 
 
-def say(text: str, style: str = "", *, whole: bool = False) -> None:
+def say(text: str, style: str = "") -> None:
     """A line on stdout.
 
     Args:
         text: without markup. Lines after the first are indented as the first is.
         style: rich's words for it.
-        whole: never broken by us, so that a command can be copied from the terminal.
     """
-    write(out(), text, style, whole=whole)
+    write(out(), text, style)
 
 
-def write(console: Console, text: str | Text, style: str = "", *, whole: bool = False) -> None:
+def write(console: Console, text: str | Text, style: str = "") -> None:
     """A line on a console, broken between words where that is a terminal."""
     line = Text(text, style) if isinstance(text, str) else text
-    if whole or not console.file.isatty():
+    if not console.file.isatty():
         lines(console, [line])
         return
     indent = len(line.plain) - len(line.plain.lstrip(" "))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, TextIO
 
@@ -26,7 +26,7 @@ REST = 34
 
 
 class Progress:
-    """Steps as lines on stderr, results on the command's stdout."""
+    """Steps as lines on stderr; `console`, for results, is the command's stdout."""
 
     def __init__(self, results: TextIO) -> None:
         self.console = output.console_of(results)
@@ -34,14 +34,6 @@ class Progress:
     def step(self, what: str, done: int, total: int) -> None:
         """A step begins: what it is, how many are done, and of how many (0: unknown)."""
         output.note().print(Text(f"[{done + 1}/{total or '?'}] {what}"), soft_wrap=True)
-
-    def show(self, lines: Sequence[Text]) -> None:
-        """Lines of the result, at once."""
-        output.lines(self.console, lines)
-
-    def say(self, text: str, style: str = "") -> None:
-        """A line of the result, broken between words on a terminal."""
-        output.write(self.console, text, style)
 
 
 class _Bar(Progress):
