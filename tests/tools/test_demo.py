@@ -17,10 +17,9 @@ import longspan as ls
 from longspan import blockwise
 from longspan.spec.device import local_device
 from longspan.tools.demo import PATTERN, Timing, baseline, judge, options, run
-from longspan.tools.demo.embedding import embed
+from longspan.tools.demo.inputs import embed, read_text
 from longspan.tools.demo.judge import Judge, sample_rows
 from longspan.tools.demo.prefix import START, affordable_prefix, growth, prefixes
-from longspan.tools.demo.text import read_text
 from longspan.tools.meter import PeakMemory, measure, timed
 
 CPU = torch.device("cpu")
@@ -314,18 +313,18 @@ def test_devices_and_dtypes():
 
 
 def test_more_tokens_than_memory_holds_are_refused(monkeypatch):
-    monkeypatch.setattr(options, "_free_bytes", lambda: 2**30)
+    monkeypatch.setattr(options, "kernel_bytes", lambda *_: 2**30)
     with pytest.raises(
         ls.ArgumentError, match=r"--tokens: got 1,000,000 tokens, which need .* at most 69,\d{3} tokens"
     ):
         options.check_room(1_000_000, 512, torch.float32, CPU)
     options.check_room(69_000, 512, torch.float32, CPU)
-    monkeypatch.setattr(options, "_free_bytes", lambda: None)
+    monkeypatch.setattr(options, "kernel_bytes", lambda *_: None)
     options.check_room(10**12, 512, torch.float32, CPU)
 
 
 def test_an_endless_text_is_refused_before_it_is_read(monkeypatch):
-    monkeypatch.setattr(options, "_free_bytes", lambda: 2**30)
+    monkeypatch.setattr(options, "kernel_bytes", lambda *_: 2**30)
     with pytest.raises(ls.ArgumentError, match=r"--tokens: got 99,999,999,999 tokens, which need .* at most 69,\d{3}"):
         run(Path("/dev/zero"), tokens=99_999_999_999, device="cpu")
 

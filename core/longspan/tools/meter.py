@@ -14,7 +14,7 @@ from typing import Self, TypeVar
 
 import torch
 
-__all__ = ["PeakMemory", "faults", "measure", "resident", "return_freed_memory", "timed"]
+__all__ = ["PeakMemory", "faults", "kernel_bytes", "measure", "resident", "return_freed_memory", "timed"]
 
 T = TypeVar("T")
 
@@ -109,9 +109,14 @@ def _reset_high_water() -> int | None:
 
 
 def _high_water() -> int | None:
+    return kernel_bytes("/proc/self/status", "VmHWM:")
+
+
+def kernel_bytes(path: str, name: str) -> int | None:
+    """Bytes by the line of this name in a file of the kernel's (Linux); None where there is none."""
     try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        lines = Path(path).read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         return None
-    sizes = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
+    sizes = [line.split()[1] for line in lines if line.startswith(name)]
     return int(sizes[0]) * 1024 if sizes else None

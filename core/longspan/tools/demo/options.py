@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from longspan.errors import ArgumentError
 from longspan.spec.backend import DTYPES
+from longspan.tools.meter import kernel_bytes
 
 __all__ = ["check_room", "check_seed", "choose_dtype", "describe", "room"]
 
@@ -64,20 +63,11 @@ def _bytes_of_a_token(width: int, dtype: torch.dtype) -> int:
 
 def _free(device: torch.device) -> list[tuple[str, int]]:
     """The memories that are needed, and the bytes that are free in each, as far as the system says."""
-    host = _free_bytes()
+    host = kernel_bytes("/proc/meminfo", "MemAvailable:")
     memories = [] if host is None else [("memory", host)]
     if device.type == "cuda":
         memories.append((f"memory of {device}", torch.cuda.mem_get_info(device)[0]))
     return memories
-
-
-def _free_bytes() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    sizes = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(sizes[0]) * 1024 if sizes else None
 
 
 def describe(device: torch.device) -> str:

@@ -17,12 +17,11 @@ from longspan.registry.resolve import require
 from longspan.spec.device import Device, local_device
 from longspan.spec.problem import Problem
 from longspan.tools.demo.baseline import measure_dense
-from longspan.tools.demo.embedding import embed
+from longspan.tools.demo.inputs import embed, read_text
 from longspan.tools.demo.judge import Judge, sample_rows
 from longspan.tools.demo.measurement import Measurement
 from longspan.tools.demo.options import check_room, check_seed, choose_dtype, describe, room
 from longspan.tools.demo.report import Report
-from longspan.tools.demo.text import read_text
 
 __all__ = ["DEFAULT_TOKENS", "HEADS", "HEAD_DIM", "PATTERN", "OnReport", "OnStep", "run"]
 

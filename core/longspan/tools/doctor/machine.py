@@ -98,14 +98,10 @@ def _why_no_cuda(gpu: gpus.Gpu) -> tuple[str, str]:
         return "CUDA_VISIBLE_DEVICES hides it", "unset CUDA_VISIBLE_DEVICES"
     built_for = torch.cuda.get_arch_list()
     if not gpus.runs_on(gpu.device, built_for):
-        fix = f"pip install --force-reinstall torch --index-url {OLD_GPUS}" if _is_old(gpu.device) else ""
-        fix = fix or "pip install --upgrade torch"
+        is_old = gpu.device.capability is not None and gpu.device.capability < (7, 5)
+        fix = f"pip install --force-reinstall torch --index-url {OLD_GPUS}" if is_old else "pip install --upgrade torch"
         return f"torch {torch.__version__} was built for {', '.join(built_for)} only", fix
     return "", ""
-
-
-def _is_old(device: Device) -> bool:
-    return device.capability is not None and device.capability < (7, 5)
 
 
 def _why_no_rocm(gpu: gpus.Gpu) -> tuple[str, str]:

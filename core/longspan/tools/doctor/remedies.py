@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
-from typing import Any
 
-from attrs import asdict, evolve, frozen
+from attrs import evolve, frozen
 
 from longspan.errors import nearest
 from longspan.memory.folders import Unused
@@ -17,7 +16,6 @@ from longspan.spec.installing import own_line, pip
 from longspan.tools.doctor.ledger import Ledger
 from longspan.tools.doctor.machine import Machine
 from longspan.tools.doctor.settings import Setting
-from longspan.tools.doctor.usability import Unusable
 
 __all__ = ["Remedy", "remedies"]
 
@@ -39,10 +37,6 @@ class Remedy:
     lines: tuple[str, ...]
     broken: bool = True
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
 
 def remedies(
     machine: Machine, ledger: Ledger, variables: tuple[Setting, ...], files: tuple[Unused, ...] = ()
@@ -53,7 +47,11 @@ def remedies(
     listed += [
         Remedy(f"{local.name}: {local.why}", (local.fix,), broken=False) for local in machine.devices if local.why
     ]
-    listed += [_useless(useless) for useless in ledger.unusable if useless.fixes]
+    listed += [
+        Remedy(f"{useless.backend} is installed and of no use here: {'; '.join(useless.texts)}", useless.fixes, False)
+        for useless in ledger.unusable
+        if useless.fixes
+    ]
     listed += [
         Remedy(f"{row.name} works, and would be faster with {evolve(lack, fix='')}", (lack.fix,), broken=False)
         for row in ledger.rows
@@ -136,12 +134,6 @@ def _blocked(variables: tuple[Setting, ...]) -> list[str]:
         if setting.name == "LONGSPAN_BLOCK" and not setting.error
         for name in names(setting.name)
     ]
-
-
-def _useless(useless: Unusable) -> Remedy:
-    return Remedy(
-        f"{useless.backend} is installed and of no use here: {'; '.join(useless.texts)}", useless.fixes, broken=False
-    )
 
 
 def _export(variable: str, listed: list[str]) -> str:

@@ -51,11 +51,11 @@ class Report:
             "machine": {**self.machine.to_dict(), "cuda_initialized": self.cuda_initialized},
             "ledger": [row.to_dict() for row in self.ledger.rows],
             "unusable": [useless.to_dict() for useless in self.ledger.unusable],
-            "environment": [setting.to_dict() for setting in self.settings],
+            "environment": [asdict(setting) for setting in self.settings],
             "policy": {"error": self.policy} if isinstance(self.policy, str) else _policy(self.policy),
             "quarantine": _quarantine(),
             "files": [asdict(file) for file in self.files],
-            "to_fix": [remedy.to_dict() for remedy in self.remedies],
+            "to_fix": [asdict(remedy) for remedy in self.remedies],
         }
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
-from attrs import asdict, frozen
+from attrs import frozen
 
 from longspan.errors import PolicyError, nearest
 from longspan.registry.policy import flag, names
@@ -40,10 +39,6 @@ class Setting:
     value: str
     error: str = ""
     known: bool = True
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
 
 def settings(environ: Mapping[str, str] = os.environ) -> tuple[Setting, ...]:
