@@ -359,6 +359,7 @@ def test_without_a_compiler_torch_operators_serve(tmp_path, compiler, said):
 RANKED = """
 import json, sys
 import torch, longspan as ls
+from attrs import asdict
 from longspan.tools.doctor import examine
 from longspan.tools.demo.report import Report
 query = torch.randn(1, 2, 300, 16)
@@ -371,7 +372,7 @@ for pattern in (ls.Dense(), ls.SlidingWindow(30), ls.Dilated((64, 128), (1, 2)),
     found.append([ls.plan(problem).backend, resolution.why, list(resolution.notes)])
     assert resolution["cpu_fused"].ok and ls.plan(problem, "cpu_fused").backend == "cpu_fused"
 gpu = ls.explain(problem, device="sm_90").notes
-remedies = [remedy.to_dict() for remedy in examine(False, 60).remedies]
+remedies = [asdict(remedy) for remedy in examine(False, 60).remedies]
 print(json.dumps({"found": found, "gpu": gpu, "remedies": remedies}))
 """
 
