@@ -85,6 +85,38 @@ def test_a_warm_call_runs_no_hook(name, backend):
     assert lanes == []
 
 
+class Bound:
+    """A backend whose block-sparse kernel is bound to the blocks that it was made for; `does`: what it runs itself."""
+
+    def __init__(self, *does):
+        self.does = does
+
+    @ls.hookimpl
+    def longspan_capabilities(self):
+        return ls.Capabilities(devices=("cpu",), dtypes=("float32",), patterns=self.does, causal=True)
+
+    @ls.hookimpl
+    def longspan_kernel(self, problem):
+        if problem.pattern.kind == "dense":
+            return lambda q, k, v: ls.blockwise.forward(q, k, v, is_causal=problem.is_causal, scale=problem.scale)
+        return ls.plan(problem, "reference")
+
+
+@pytest.mark.parametrize(
+    ("does", "kind", "hooks"), [(("dense", "block_sparse"), "blocks", False), (("block_sparse",), "native", True)]
+)
+def test_chosen_blocks_run_no_hook_of_a_kernel_that_cannot_change_its_blocks(does, kind, hooks):
+    """Where it takes dense problems too; else its hooks at every call are all there is."""
+    ls.register(Bound(*does), name="test-bound")
+    try:
+        problem = ls.Problem(batch=2, heads=4, q_len=256, head_dim=32, pattern=CALLS["top-k"][0])
+        assert ls.plan(problem, "test-bound").resolution.route.kind == kind
+        _, _, lanes = traced(warm("top-k", "test-bound", **MORE))
+        assert bool(lanes) is hooks, lanes
+    finally:
+        ls.unregister("test-bound")
+
+
 def test_a_hook_would_be_seen():
     problem = ls.Problem(batch=1, heads=1, q_len=8, head_dim=8)
     _, _, lanes = traced(lambda: ls.plan(problem, "sdpa"))

@@ -37,6 +37,7 @@ from longspan.patterns.blocks.sparse import BlockSparse
 from longspan.patterns.topk.choice import Part, layouts_of
 from longspan.patterns.topk.pattern import TopKBlocks, scorings
 from longspan.registry.discovery import DEFAULTS, registry
+from longspan.registry.explain import explain
 from longspan.registry.profile import current_profile
 from longspan.spec.backend import BufferSpec, Kernel
 from longspan.spec.device import Device
@@ -65,12 +66,13 @@ def build(
     """
     if not isinstance(lowering.asked.pattern, TopKBlocks):
         return _build(lowering, backend, store, in_graph)
-    made: list[Kernel] = []
+    can, made, declined = registry.capabilities(backend), list[Kernel](), list[Problem]()
 
     def way(document: Problem) -> Way:
-        return _way(document, backend, made)
+        return _way(document, backend, made, declined)
 
-    return ChoosingRunner(lowering.asked, way, made), lowering.route(registry.capabilities(backend))
+    runner = ChoosingRunner(lowering.asked, way, made)
+    return runner, lowering.lowered(can) if declined else lowering.route(can)
 
 
 class _NothingKept:
@@ -83,10 +85,11 @@ class _NothingKept:
         """Nothing."""
 
 
-def _way(problem: Problem, backend: str, made: list[Kernel]) -> Way:
+def _way(problem: Problem, backend: str, made: list[Kernel], declined: list[Problem]) -> Way:
     """How chosen blocks of one document are run: all of them as dense attention, else natively, else as dense problems.
 
-    Kernels are added to `made`.
+    Kernels are added to `made`. A native kernel without `for_blocks` is bound to the blocks that it was made for, and
+    would need its hooks at every call: where the backend runs dense problems too, those serve, and `declined` says so.
     """
     can, lowering = registry.capabilities(backend), Lowering(problem)
     route = lowering.route(can)
@@ -115,7 +118,7 @@ def _way(problem: Problem, backend: str, made: list[Kernel]) -> Way:
         return DirectRunner(layout, native, backend, folded.scale, partial(as_blocks, part, chosen))
 
     def made_anew(part: Part, chosen: Tensor) -> Runner:
-        """By the hooks, for a backend whose kernel is bound to the blocks that it was made for."""
+        """By the hooks at every call: what is left for a backend with such a kernel, and none for dense problems."""
         pattern = BlockSparse(part.scoring.block_size, layouts_of(chosen, part.scoring))
         return _build(Lowering(folded.replace(pattern=pattern), may_mask=False), backend, _NothingKept(), None)[0]
 
@@ -124,7 +127,13 @@ def _way(problem: Problem, backend: str, made: list[Kernel]) -> Way:
     if isinstance(route, Native):
         assert whole is not None  # made above
         for_blocks = whole.kernels[0].for_blocks
-        return made_anew if for_blocks is None else natively
+        if for_blocks is not None:
+            return natively
+        parts = lowering.lowered(can).parts
+        if not (can.runs("dense") and all(explain(part, backend=backend)[backend].ok for part in parts)):
+            return made_anew
+        del made[-len(whole.kernels) :]
+        declined.append(problem)
     assert isinstance(problem.pattern, TopKBlocks)
     ((_, scoring),) = scorings(problem)
     as_blocks.prepare(scoring, problem.pattern.k)
